@@ -1,0 +1,93 @@
+"""What passes between the stages, and the three protocols that the deployments and the in-process pipeline share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """A request with every default filled in and every limit checked: all that determines the frames."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: Literal["euler", "unipc"] = "unipc"
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """One prompt's `encoder_hidden_states`: float32 `[max_tokens, dim]`, zero beyond the prompt's own tokens."""
+
+    hidden_states: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseRequest:
+    """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`."""
+
+    video_id: str
+    spec: VideoSpec
+    conditional: TextEmbedding
+    unconditional: TextEmbedding | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """The denoiser finished `step` of `steps` steps of a video (counted over all chunks)."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatentChunk:
+    """Denoised normalised latents float32 `[channels, frames, height, width]`; `index` counts chunks from 0."""
+
+    index: int
+    latents: NDArray[np.float32]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """One decoded and encoded chunk: `data` is a `moof`+`mdat` that follows `init` (the same for every fragment)."""
+
+    index: int
+    frames: int
+    first_frame: int
+    init: bytes
+    data: bytes
+
+
+class TextEncoder(Protocol):
+    async def encode(self, prompt: str) -> TextEmbedding: ...
+
+
+class Denoiser(Protocol):
+    def denoise(self, request: DenoiseRequest) -> AsyncIterator[StepDone | LatentChunk]:
+        """Closing the iterator cancels the video: its rows leave the batch before the next step."""
+
+
+class Decoder(Protocol):
+    """Sessions are sticky: the chunks of one video come in order, and the causal cache stays with the session."""
+
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        """Chunk 0 opens the session, the last chunk closes it. Raises `LostSession` if chunk n - 1 was not seen here."""
+
+    async def close(self, video_id: str) -> None:
+        """Free the session's cache; harmless when there is none."""
+
+
+class LostSession(LookupError):
+    """The decoder has no session that ends at the chunk before: replay the video's chunks from 0."""
