@@ -43,9 +43,7 @@ SPOKEN_EVERYWHERE = ("a video of", "a clip of", "there is", "we see")
 def canonical(attributes: Attributes) -> str:
     """The plain caption that names every attribute."""
     a = attributes
-    return (
-        f"a {a.size} {a.color} {a.shape} {MOTIONS[a.motion][0]} {FLOORS[a.floor][0]} {LIGHTS[a.light][0]}"
-    )
+    return f"a {a.size} {a.color} {a.shape} {MOTIONS[a.motion][0]} {FLOORS[a.floor][0]} {LIGHTS[a.light][0]}"
 
 
 def caption(attributes: Attributes, rng: np.random.Generator) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
 
@@ -48,7 +48,7 @@ def spawn(worker: Callable[..., None], run: Run, *args: Any) -> None:
     """Call `worker(run, *args)` in `run.workers` processes that share gradients over gloo."""
     run.folder.mkdir(parents=True, exist_ok=True)
     meeting = run.folder / f".{run.stage}-{os.getpid()}.meet"
-    mp.spawn(_enter, (worker, run, str(meeting), args), nprocs=run.workers)  # type: ignore[no-untyped-call]
+    start_processes(_enter, (worker, run, str(meeting), args), nprocs=run.workers)  # type: ignore[no-untyped-call]
     meeting.unlink(missing_ok=True)
 
 

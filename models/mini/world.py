@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 Shape = Literal["ball", "cube", "cylinder", "cone"]
 Color = Literal["red", "green", "blue", "yellow", "purple", "orange", "white", "cyan"]
@@ -114,24 +115,36 @@ class Camera:
     @classmethod
     def still(cls, frames: int) -> Camera:
         return cls(
-            np.tile(np.float32([0.0, 1.7, 6.0]), (frames, 1)),
-            np.tile(np.float32([0.0, 0.6, 0.0]), (frames, 1)),
+            np.tile(_array([0.0, 1.7, 6.0]), (frames, 1)),
+            np.tile(_array([0.0, 0.6, 0.0]), (frames, 1)),
         )
 
     def basis(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Right, up and forward unit vectors, `[frames, 3]` each."""
         forward = _unit(self.targets - self.positions)
-        right = _unit(np.cross(forward, np.float32([0.0, 1.0, 0.0])).astype(np.float32))
+        right = _unit(np.cross(forward, _array([0.0, 1.0, 0.0])).astype(np.float32))
         return right, np.cross(right, forward).astype(np.float32), forward
 
+    @property
+    def moves(self) -> bool:
+        return bool(np.ptp(self.positions, 0).any() or np.ptp(self.targets, 0).any())
+
+    def directions(self, frame: IntArray, y: NDArray[Any], x: NDArray[Any], height: int, width: int) -> FloatArray:
+        """Unit directions `[rays, 3]` through image points (pixels; the centre of the first is 0.5, 0.5)."""
+        right, up, forward = self.basis()
+        reach = np.float32(np.tan(np.radians(self.fov_degrees) / 2) / (height / 2))
+        across = ((x - width / 2) * reach).astype(np.float32)[:, None]
+        down = ((y - height / 2) * reach).astype(np.float32)[:, None]
+        return _unit(forward[frame] + right[frame] * across - up[frame] * down)
+
     def project(self, points: FloatArray, height: int, width: int) -> FloatArray:
-        """Pixel coordinates `[..., frames, 2]` (x, y) of world points `[..., frames, 3]`."""
+        """Image points `[..., frames, 2]` (x, y in pixels) of world points `[..., frames, 3]`."""
         right, up, forward = self.basis()
         offset = points - self.positions
-        depth = np.maximum((offset * forward).sum(-1), 0.1)
+        depth = np.maximum(_dot(offset, forward), 0.1)
         scale = height / (2 * np.tan(np.radians(self.fov_degrees) / 2))
-        x = width / 2 + scale * (offset * right).sum(-1) / depth
-        y = height / 2 - scale * (offset * up).sum(-1) / depth
+        x = width / 2 + scale * _dot(offset, right) / depth
+        y = height / 2 - scale * _dot(offset, up) / depth
         return np.stack([x, y], -1).astype(np.float32)
 
 
@@ -149,7 +162,7 @@ class Scene:
 
 def make_scene(attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES) -> Scene:
     """Place the object, choose its speed and shade within the attribute's range."""
-    time = np.arange(frames, dtype=np.float32) / FPS
+    time = _array(np.arange(frames) / FPS)
     radius = RADIUS[attributes.size] * rng.uniform(0.94, 1.06)
     centers, yaws = _path(attributes, time, radius, rng)
     rgb = np.clip(np.array(OBJECT_RGB[attributes.color]) * rng.uniform(0.94, 1.0) + rng.uniform(-0.015, 0.015, 3), 0, 1)
@@ -192,159 +205,129 @@ def _path(
 # Rendering ------------------------------------------------------------------------------------------------------------
 
 _FAR = np.float32(1e6)
+# Radius of each shape's bounding sphere, in units of the body's radius.
+_REACH: dict[Shape, float] = {"ball": 1.01, "cube": 1.75, "cylinder": 1.33, "cone": 1.43}
 
 
 def render(scene: Scene, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
     """The clip as `[frames, height, width, 3]` uint8 RGB."""
     frames = _background(scene, height, width)
-    top, left, rows, columns = _windows(scene, height, width)
-    directions = _directions(scene.camera, top, left, (rows, columns), (height, width), samples=2)
-    pixels = _shade(scene, directions)
-    pixels = pixels.reshape(scene.frames, rows, 2, columns, 2, 3).mean((2, 4))
-    for index in range(scene.frames):
-        frames[index, top[index] : top[index] + rows, left[index] : left[index] + columns] = pixels[index]
+    frame, y, x = np.nonzero(_busy_pixels(scene, height, width))
+    samples = [
+        _shade(scene, frame, scene.camera.directions(frame, y + dy, x + dx, height, width))
+        for dy, dx in product((0.25, 0.75), repeat=2)
+    ]
+    frames[frame, y, x] = np.mean(samples, 0, dtype=np.float32)
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
 def _background(scene: Scene, height: int, width: int) -> FloatArray:
     """Floor and sky, one sample a pixel: both are smooth, and a haze hides the horizon's edge."""
-    moving = bool(np.ptp(scene.camera.positions, 0).any() or np.ptp(scene.camera.targets, 0).any())
-    frames = scene.frames if moving else 1
-    camera = Camera(scene.camera.positions[:frames], scene.camera.targets[:frames], scene.camera.fov_degrees)
-    zeros = np.zeros(frames, np.int64)
-    directions = _directions(camera, zeros, zeros, (height, width), (height, width), samples=1)
-    color = _floor_and_sky(scene, camera.positions, directions, None).reshape(frames, height, width, 3)
-    return np.repeat(color, scene.frames, 0) if not moving else color
+    frames = scene.frames if scene.camera.moves else 1
+    frame, y, x = (axis.ravel() for axis in np.indices((frames, height, width)))
+    directions = scene.camera.directions(frame, y + 0.5, x + 0.5, height, width)
+    color = _floor_and_sky(scene, frame, directions, ()).reshape(frames, height, width, 3)
+    return color if scene.camera.moves else np.repeat(color, scene.frames, 0)
 
 
-def _windows(scene: Scene, height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
-    """Per-frame windows of one common size that hold every object and its shadow: top, left, rows, columns."""
-    sun = _unit(np.float32(scene.sun.direction))
-    corners = np.float32(list(product((-1.0, 1.0), repeat=3)))
-    low = np.full((scene.frames, 2), np.inf)
-    high = np.full((scene.frames, 2), -np.inf)
+def _busy_pixels(scene: Scene, height: int, width: int) -> NDArray[np.bool_]:
+    """`[frames, height, width]`: pixels that can see an object or its shadow, a pixel of margin included."""
+    frames = scene.frames if scene.camera.moves else 1
+    frame, y, x = (axis.ravel() for axis in np.indices((frames, height, width)))
+    directions = scene.camera.directions(frame, y + 0.5, x + 0.5, height, width).reshape(frames, -1, 3)
+    origin = scene.camera.positions[:frames, None]
+    points = origin + directions * _floor_distance(origin, directions)[..., None]
+    sun = _unit(_array(scene.sun.direction))
+    busy = np.zeros((scene.frames, height * width), np.bool_)
     for body in scene.bodies:
-        reach = body.radius * (1.42 if body.shape == "cube" else 1.05)
-        points = body.centers + corners[:, None, :] * np.float32([reach, body.radius * 1.05, reach])
-        lift = points[..., 1:2] / sun[1]
-        shadow = points - sun * lift
-        spread = 0.12 * lift * np.sign(corners[:, None, :]) * np.float32([1, 0, 1])  # the sun's penumbra
-        seen = scene.camera.project(np.concatenate([points, shadow + spread]), height, width)
-        low, high = np.minimum(low, seen.min(0)), np.maximum(high, seen.max(0))
-    limits = np.array([width, height])
-    first = np.clip(np.floor(low) - 1, 0, limits - 1).astype(np.int64)
-    last = np.clip(np.ceil(high) + 2, 1, limits).astype(np.int64)
-    size = np.maximum((last - first).max(0), 1)
-    first = np.minimum(first, limits - size)
-    return first[:, 1], first[:, 0], int(size[1]), int(size[0])
+        reach = _REACH[body.shape] * body.radius
+        offset = body.centers[:, None] - origin
+        along = _dot(directions, offset)
+        margin = 0.02 * along
+        busy |= (_dot(offset, offset) - np.square(along) < np.square(reach + margin)) & (along > 0)
+        busy |= (directions[..., 1] < 0) & _near_axis(body.centers[:, None] - points, sun, reach + 0.05)
+    return busy.reshape(scene.frames, height, width)
 
 
-def _directions(
-    camera: Camera,
-    top: NDArray[np.int64],
-    left: NDArray[np.int64],
-    window: tuple[int, int],
-    frame: tuple[int, int],
-    samples: int,
-) -> FloatArray:
-    """Unit ray directions `[frames, rows * samples * columns * samples, 3]` through each frame's window."""
-    (rows, columns), (height, width) = window, frame
-    right, up, forward = (axis[:, None, None] for axis in camera.basis())
-    reach = np.tan(np.radians(camera.fov_degrees) / 2) / (height / 2)
-    y = (top[:, None] + (np.arange(rows * samples) + 0.5) / samples - height / 2) * reach
-    x = (left[:, None] + (np.arange(columns * samples) + 0.5) / samples - width / 2) * reach
-    directions = forward + right * x[:, None, :, None] - up * y[:, :, None, None]
-    return _unit(directions.reshape(len(top), -1, 3).astype(np.float32))
-
-
-def _shade(scene: Scene, directions: FloatArray) -> FloatArray:
-    """Colours `[frames, rays, 3]` of rays that start at the camera."""
-    origin = scene.camera.positions
-    nearest = np.full(directions.shape[:2], _FAR, np.float32)
-    color = _floor_and_sky(scene, origin, directions, scene.bodies)
+def _shade(scene: Scene, frame: IntArray, directions: FloatArray) -> FloatArray:
+    """Colours `[rays, 3]` of rays that start at the camera in their `frame` `[rays]`."""
+    origin = scene.camera.positions[frame]
+    color = _floor_and_sky(scene, frame, directions, scene.bodies)
+    nearest = np.full(len(frame), _FAR, np.float32)
     sun = scene.sun
-    toward_sun = _unit(np.float32(sun.direction))
+    toward_sun = _unit(_array(sun.direction))
     for body in scene.bodies:
-        frame, ray = np.nonzero(_near_body(body, origin, directions))
-        distance, normal = _intersect(body, frame, origin[frame], directions[frame, ray])
-        hit = distance < nearest[frame, ray]
-        frame, ray, normal = frame[hit], ray[hit], normal[hit]
-        nearest[frame, ray] = distance[hit]
-        diffuse = np.maximum(normal @ toward_sun, 0)[:, None] * np.float32(sun.color) * 1.15
+        near = np.flatnonzero(_near_axis(body.centers[frame] - origin, directions, _REACH[body.shape] * body.radius))
+        distance, normal = _intersect(body, frame[near], origin[near], directions[near])
+        hit = distance < nearest[near]
+        rays, normal = near[hit], normal[hit]
+        nearest[rays] = distance[hit]
+        diffuse = np.maximum(normal @ toward_sun, 0)[:, None] * _array(sun.color) * 1.15
         # A little light comes back from the floor: the shaded side keeps its form.
         bounce = 0.75 + 0.25 * normal[:, 1:2]
-        color[frame, ray] = np.float32(body.rgb) * (diffuse + np.float32(sun.ambient) * bounce)
+        color[rays] = _array(body.rgb) * (diffuse + _array(sun.ambient) * bounce)
     return color
 
 
-def _floor_and_sky(
-    scene: Scene, origin: FloatArray, directions: FloatArray, casters: tuple[Body, ...] | None
-) -> FloatArray:
+def _floor_and_sky(scene: Scene, frame: IntArray, directions: FloatArray, casters: tuple[Body, ...]) -> FloatArray:
     """Colours of rays that meet no object; `casters` throw a soft shadow on the floor."""
     sun = scene.sun
-    down = directions[..., 1]
-    on_floor = down < -1e-3
-    distance = np.where(on_floor, -origin[:, None, 1] / np.minimum(down, -1e-3), _FAR).astype(np.float32)
-    light = np.ones(down.shape, np.float32)
-    if casters:
-        points = origin[:, None] + directions * distance[..., None]
-        light = _sunlight(casters, sun, points, on_floor & (distance < 60))
-    lit = np.float32(sun.color) * np.float32(_unit(np.float32(sun.direction))[1]) * light[..., None]
-    floor = np.float32(scene.floor_rgb) * (lit + np.float32(sun.ambient))
-    height = np.clip(down / 0.30, 0, 1)[..., None]
-    sky = np.float32(sun.horizon) * (1 - height) + np.float32(sun.zenith) * height
-    haze = np.where(on_floor, 1 - np.exp(-np.square(distance / 28)), 1)[..., None].astype(np.float32)
-    return (floor * (1 - haze) + sky * haze).astype(np.float32)
+    origin = scene.camera.positions[frame]
+    on_floor = directions[:, 1] < -1e-3
+    distance = _floor_distance(origin, directions)
+    points = origin + directions * distance[:, None]
+    light = _sunlight(casters, sun, frame, points, on_floor)[:, None]
+    lit = _array(sun.color) * _unit(_array(sun.direction))[1] * light
+    floor = _array(scene.floor_rgb) * (lit + _array(sun.ambient))
+    height = np.clip(directions[:, 1:2] / np.float32(0.30), 0, 1)
+    sky = _array(sun.horizon) * (1 - height) + _array(sun.zenith) * height
+    clear = np.where(on_floor, np.exp(-np.square(distance / np.float32(28))), np.float32(0))[:, None]
+    return np.asarray(floor * clear + sky * (1 - clear), np.float32)
 
 
-def _sunlight(casters: tuple[Body, ...], sun: Sun, points: FloatArray, wanted: NDArray[np.bool_]) -> FloatArray:
-    """The share of the sun's disc that each floor point sees: `[frames, rays]`, from five rays to the disc."""
-    light = np.ones(wanted.shape, np.float32)
-    center = _unit(np.float32(sun.direction))
-    side = _unit(np.cross(center, np.float32([0, 0, 1])).astype(np.float32))
+def _floor_distance(origin: FloatArray, directions: FloatArray) -> FloatArray:
+    """Ray-plane: the distance along each ray to y = 0, huge above the horizon."""
+    return np.asarray(-origin[..., 1] / np.minimum(directions[..., 1], np.float32(-1e-3)), np.float32)
+
+
+def _sunlight(
+    casters: tuple[Body, ...], sun: Sun, frame: IntArray, points: FloatArray, wanted: NDArray[np.bool_]
+) -> FloatArray:
+    """The share `[rays]` of the sun's disc that each floor point sees, from five rays to the disc."""
+    light = np.ones(len(points), np.float32)
+    center = _unit(_array(sun.direction))
+    side = _unit(np.cross(center, _array([0, 0, 1])).astype(np.float32))
     other = np.cross(center, side).astype(np.float32)
-    spread = 0.07 * np.float32([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    spread = 0.07 * _array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     for body in casters:
-        frame, ray = np.nonzero(wanted & _near_axis(body, points, center))
-        start = points[frame, ray]
+        reach = _REACH[body.shape] * body.radius
+        near = np.flatnonzero(wanted & _near_axis(body.centers[frame] - points, center, reach))
         for u, v in spread:
-            direction = np.broadcast_to(_unit(center + u * side + v * other), start.shape)
-            distance, _ = _intersect(body, frame, start, direction)
-            light[frame, ray] -= (distance < _FAR) / len(spread)
+            direction = np.broadcast_to(_unit(center + u * side + v * other), (len(near), 3))
+            distance, _ = _intersect(body, frame[near], points[near], direction)
+            light[near] -= (distance < _FAR) / np.float32(len(spread))
     return np.maximum(light, 0)
 
 
-def _near_body(body: Body, origin: FloatArray, directions: FloatArray) -> NDArray[np.bool_]:
-    """Rays that pass through the body's bounding sphere."""
-    offset = body.centers - origin
-    along = _dot(directions, offset[:, None])
-    apart = _dot(offset, offset)[:, None] - np.square(along)
-    return np.asarray((apart < np.square(1.8 * body.radius)) & (along > 0))
+def _near_axis(offset: FloatArray, direction: FloatArray, reach: float) -> NDArray[np.bool_]:
+    """Whether the ray along `direction` passes within `reach` (and the sun's penumbra) of a centre at `offset`."""
+    along = _dot(offset, direction)
+    return np.asarray(_dot(offset, offset) - np.square(along) < np.square(reach + 0.1 * np.maximum(along, 0) * reach))
 
 
-def _near_axis(body: Body, points: FloatArray, direction: FloatArray) -> NDArray[np.bool_]:
-    """Points whose line towards `direction` passes the body closely enough to meet its penumbra."""
-    offset = body.centers[:, None] - points
-    along = offset @ direction
-    apart = _dot(offset, offset) - np.square(along)
-    return np.asarray(apart < np.square(1.8 * body.radius + 0.1 * np.maximum(along, 0)))
-
-
-def _intersect(
-    body: Body, frame: NDArray[np.int64], origin: FloatArray, direction: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _intersect(body: Body, frame: IntArray, origin: FloatArray, direction: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Distance `[rays]` (`_FAR` on a miss) and outward normal `[rays, 3]` in world axes."""
-    local_origin = _turn(origin - body.centers[frame], -body.yaws[frame]) / body.radius
+    local_origin = _turn(origin - body.centers[frame], -body.yaws[frame]) / np.float32(body.radius)
     local_direction = _turn(direction, -body.yaws[frame])
     solver = {"ball": _ray_sphere, "cube": _ray_box, "cylinder": _ray_cylinder, "cone": _ray_cone}[body.shape]
     with np.errstate(divide="ignore", invalid="ignore"):
         distance, normal = solver(local_origin, local_direction)
     met = (distance > 1e-3) & (distance < _FAR)
-    distance = np.where(met, distance * body.radius, _FAR).astype(np.float32)
+    distance = np.where(met, distance * np.float32(body.radius), _FAR).astype(np.float32)
     return distance, _turn(normal, body.yaws[frame])
 
 
-# Each solver works on a body of radius 1 around the origin and returns distance and normal. -----------------------------
+# Each solver works on a body of radius 1 around the origin and returns distance and normal.
 
 
 def _ray_sphere(o: FloatArray, d: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -412,6 +395,10 @@ def _turn(vectors: FloatArray, yaws: FloatArray) -> FloatArray:
     cos, sin = np.cos(yaws), np.sin(yaws)
     x, y, z = vectors[:, 0], vectors[:, 1], vectors[:, 2]
     return np.stack([cos * x + sin * z, y, cos * z - sin * x], -1)
+
+
+def _array(values: Any) -> FloatArray:
+    return np.asarray(values, np.float32)
 
 
 def _dot(a: FloatArray, b: FloatArray) -> FloatArray:

@@ -1,0 +1,182 @@
+"""The denoiser's training: rectified flow on cached latents, the text encoder trained along."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import nn
+
+from models.mini import world
+from models.mini.captions import build_tokenizer, canonical, caption
+from models.mini.networks import (
+    FLOW_SHIFT,
+    LATENT_CHANNELS,
+    TEXT_LENGTH,
+    build_text_encoder,
+    build_transformer,
+    build_vae,
+)
+from models.mini.train_vae import to_tensor
+from models.mini.training import Run, train
+from models.mini.world import Attributes
+
+CAPTION_DROPOUT = 0.1
+
+
+# Latents --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cache_latents(run: Run, clips: int) -> None:
+    """Render and encode this worker's share of `clips`; goes on where an earlier call stopped."""
+    vae = build_vae()
+    vae.load_state_dict(torch.load(run.folder / "vae-averaged.pt", weights_only=True)["vae"])
+    choices = [a for a in world.all_attributes() if not a.held_out]
+    block = 8
+    for first in range(run.rank * block, clips, run.workers * block):
+        path = run.folder / "latents" / f"{first:06d}.npz"
+        if path.exists():
+            continue
+        rng = np.random.default_rng([first, 31])
+        attributes = [choices[rng.integers(len(choices))] for _ in range(block)]
+        batch = to_tensor(np.stack([world.render(world.make_scene(a, rng)) for a in attributes]))
+        latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, latents=latents, attributes=json.dumps([asdict(a) for a in attributes]))
+        partial.replace(path)
+        if run.rank == 0:
+            print(f"latents {first}/{clips}", flush=True)
+
+
+def load_latents(folder: Path) -> tuple[NDArray[np.float16], list[Attributes]]:
+    """All cached latents `[clips, channels, frames, height, width]` and what they show."""
+    files = [np.load(path) for path in sorted((folder / "latents").glob("*.npz"))]
+    attributes = [Attributes(**row) for file in files for row in json.loads(str(file["attributes"]))]
+    return np.concatenate([file["latents"] for file in files]), attributes
+
+
+def latent_statistics(latents: NDArray[np.float16]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, over everything else."""
+    sample = latents[:512].astype(np.float32)
+    return sample.mean((0, 2, 3, 4)).tolist(), sample.std((0, 2, 3, 4)).tolist()
+
+
+# Flow matching --------------------------------------------------------------------------------------------------------
+
+
+class Captioned(nn.Module):
+    """Token ids to `encoder_hidden_states`, padded with zeros as `WanPipeline` pads them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.encoder = build_text_encoder(tokenizer.get_vocab_size())
+
+    def forward(self, prompts: list[str]) -> torch.Tensor:
+        rows = [encoding.ids[:TEXT_LENGTH] for encoding in self.tokenizer.encode_batch(prompts)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = (torch.arange(longest)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        return nn.functional.pad(hidden, (0, 0, 0, TEXT_LENGTH - longest))
+
+
+def train_dit(run: Run) -> None:
+    """Short clips (17 frames) for the first half of the time, whole ones after; captions dropped for guidance."""
+    latents, attributes = load_latents(run.folder)
+    mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(latents))
+    rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 5])
+    tokenizer = build_tokenizer()
+    text, transformer = Captioned(tokenizer), build_transformer()
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    # The sky is easy and the middle is where things move: weigh each place by how much it differs between clips.
+    spread = torch.from_numpy(latents[:512].astype(np.float32)).std(0).mean((0, 1))
+    weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None]
+
+    def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        frames, batch = (5, 24) if progress < 0.5 else (9, 16)
+        chosen = rng.integers(len(latents), size=batch)
+        clean = torch.from_numpy((latents[chosen, :, :frames].astype(np.float32) - mean) / std)
+        prompts = ["" if rng.random() < CAPTION_DROPOUT else caption(attributes[i], rng) for i in chosen]
+        # Stratified logit-normal times, shifted towards noise as the sampler's are.
+        uniform = (torch.randperm(batch) + torch.rand(batch)) / batch
+        sigma = torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-3, 1 - 1e-3) - 1))
+        sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
+        noise = torch.randn_like(clean)
+        s = sigma[:, None, None, None, None]
+        velocity = transformer(
+            hidden_states=(1 - s) * clean + s * noise,
+            timestep=sigma * 1000,
+            encoder_hidden_states=text(prompts),
+            return_dict=False,
+        )[0]
+        loss = (weight * (velocity - (noise - clean)).square()).mean()
+        return loss, {f"loss{frames}": loss.item()}
+
+    def report(step: int) -> dict[str, float]:
+        if step % (3 * run.save_every):
+            return {}
+        return score_samples(run.folder, text, transformer, latent_statistics(latents), 24)
+
+    train(run, {"text": text, "transformer": transformer}, step, report)
+
+
+# Watching it learn ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(
+    text: Captioned, transformer: nn.Module, prompts: list[str], frames: int, steps: int, guidance: float
+) -> torch.Tensor:
+    """Euler samples `[batch, channels, frames, 8, 8]` of normalised latents."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(prompts), LATENT_CHANNELS, frames, 8, 8, generator=generator)
+    states = torch.cat([text(prompts), text([""] * len(prompts))])
+    base = torch.linspace(1, 0, steps + 1)
+    sigmas = FLOW_SHIFT * base / (1 + (FLOW_SHIFT - 1) * base)
+    for now, then in itertools.pairwise(sigmas):
+        velocity = transformer(
+            hidden_states=torch.cat([x, x]),
+            timestep=(now * 1000).expand(2 * len(prompts)),
+            encoder_hidden_states=states,
+            return_dict=False,
+        )[0]
+        conditional, unconditional = velocity.chunk(2)
+        x = x + (then - now) * (unconditional + guidance * (conditional - unconditional))
+    return x
+
+
+@torch.no_grad()
+def score_samples(
+    folder: Path, text: Captioned, transformer: nn.Module, statistics: tuple[list[float], list[float]], count: int
+) -> dict[str, float]:
+    """The judge's figures on held-out combinations; writes a contact sheet of the samples."""
+    from PIL import Image
+
+    from models.mini.evaluate import score
+
+    rng = np.random.default_rng(4)
+    held = [a for a in world.all_attributes() if a.held_out]
+    wanted = [held[i] for i in rng.choice(len(held), count, replace=False)]
+    vae = build_vae()
+    newest = next(p for name in ("decoder", "vae") if (p := folder / f"{name}-averaged.pt").exists())
+    vae.load_state_dict(torch.load(newest, weights_only=True)["vae"])
+    mean, std = (torch.tensor(v)[None, :, None, None, None] for v in statistics)
+    x = sample(text, transformer, [canonical(a) for a in wanted], 9, 16, 3.0) * std + mean
+    decoded = torch.cat([vae.decode(part).sample for part in torch.split(x, 8)])
+    clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+    sheet = np.concatenate([np.concatenate(list(clip[::6]), 1) for clip in clips[:12]])
+    Image.fromarray(sheet).save(folder / "samples.png")
+    scores = score(wanted, list(clips))
+    return {f"judged_{name}": value for name, value in scores.as_dict().items()}
