@@ -1,0 +1,61 @@
+"""A stage of training stops at its budget, goes on where it stopped, and keeps an average."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs the export extra")
+
+import torch.distributed as dist  # noqa: E402
+
+from models.mini.training import Average, Run, learning_rate, train  # noqa: E402
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def fit(folder, minutes):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(2, 1)
+    run = Run(folder, "line", minutes, learning_rate=1e-2, save_every=20)
+
+    def step(index, progress):
+        x = torch.randn(64, 2)
+        loss = (module(x) - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss.item()}
+
+    train(run, {"line": module}, step, lambda index: {"weight": module.weight[0, 0].item()})
+    return json.loads((folder / "line.json").read_text())
+
+
+def test_training_resumes_and_learns(alone, tmp_path):
+    first = fit(tmp_path, 0.01)
+    second = fit(tmp_path, 0.04)
+    assert second[: len(first) - 1] == first[:-1]
+    assert second[-1]["step"] > first[-1]["step"]
+    assert second[-1]["loss"] < first[0]["loss"]
+    assert (tmp_path / "line.png").stat().st_size > 0
+    averaged = torch.load(tmp_path / "line-averaged.pt", weights_only=True)
+    assert averaged["line"]["weight"][0, 0].item() == pytest.approx(second[-1]["weight"])
+
+
+def test_the_average_swaps_with_the_weights_and_back():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    average = Average([parameter], decay=0.5)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    average.update(10_000)
+    average.swap()
+    assert parameter.item() == 0.5
+    average.swap()
+    assert parameter.item() == 1.0
+
+
+def test_the_learning_rate_warms_up_and_ends_low():
+    assert learning_rate(0.0, 0, 1.0) == pytest.approx(0.02)
+    assert learning_rate(0.4, 1000, 1.0) == 1.0
+    assert learning_rate(1.0, 1000, 1.0) == pytest.approx(0.02)
