@@ -1,0 +1,66 @@
+"""The record of one generation job, and what says who may write to it."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+_VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+
+
+class VideoStatus(StrEnum):
+    """The four words of OpenAI's API; its SDK stops polling on any other. A cancelled video is `failed`."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+    @property
+    def final(self) -> bool:
+        return self in (VideoStatus.COMPLETED, VideoStatus.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One video as the store knows it. Times are seconds since the epoch; `progress` is 0 to 100.
+
+    `request` is everything that determines the frames, as JSON (the resolved `VideoSpec`'s fields).
+    `attempt` counts the tries at it; `fence` grows with each, and only its newest value may write.
+    """
+
+    id: str
+    model: str
+    prompt: str
+    seconds: str
+    size: str
+    request: Mapping[str, Any] = field(default_factory=dict)
+    status: VideoStatus = VideoStatus.QUEUED
+    progress: int = 0
+    created_at: float = 0.0
+    completed_at: float | None = None
+    expires_at: float | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    attempt: int = 0
+    fence: int = 0
+    runner_id: str | None = None
+    lease_until: float | None = None
+    cancel_requested: bool = False
+
+
+class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word
+    """A newer attempt at the video has begun (or it has ended): this one must stop and may not write."""
+
+
+def new_video_id() -> str:
+    return f"video_{uuid.uuid4().hex}"
+
+
+def is_video_id(text: str) -> bool:
+    """Whether `text` is an id this service could have made: safe as the name of a directory."""
+    return _VIDEO_ID.fullmatch(text) is not None
