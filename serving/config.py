@@ -1,0 +1,169 @@
+"""The service's one configuration: what `rushes serve --config` reads and what `serve run` passes to `build_app`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import ValidationError as PydanticValidationError
+
+import models.mini
+
+MINI_BUNDLE = Path(models.mini.__file__).parent / "bundle"
+
+# Ray kills a replica that is still busy after its own default of 20 s, which is shorter than a video.
+_LONGEST_VIDEO_SECONDS = 600.0
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; the message names the key."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AutoscalingConfig(_Strict):
+    """How many replicas a stage has. Handed to Ray Serve, which would accept a misspelt key in silence."""
+
+    min_replicas: PositiveInt = Field(1, description="Replicas that are always there.")
+    max_replicas: PositiveInt = Field(1, description="Replicas there may be at most.")
+    target_ongoing_requests: PositiveFloat = Field(4.0, description="Requests a replica should have in hand.")
+    upscale_delay_seconds: NonNegativeFloat = Field(2.0, description="How long the load must last to add a replica.")
+    downscale_delay_seconds: NonNegativeFloat = Field(300.0, description="How long a replica is kept without load.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas must not be less than min_replicas")
+        return self
+
+
+class StageConfig(_Strict):
+    """One stage: text encoder, denoiser or decoder."""
+
+    num_cpus: NonNegativeFloat = Field(0.2, description="Cores that Ray sets aside for a replica; may be a fraction.")
+    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray gives a replica; may be a fraction.")
+    threads: PositiveInt = Field(1, description="Threads that one engine call uses on the CPU.")
+    max_ongoing_requests: PositiveInt = Field(64, description="Requests a replica has in hand before it refuses more.")
+    autoscaling: AutoscalingConfig = Field(AutoscalingConfig(), description="How many replicas there are.")
+
+
+class DenoiserConfig(StageConfig):
+    """The denoiser, which batches rows of many videos into one engine call."""
+
+    max_rows: PositiveInt = Field(16, description="Rows in one engine call; a video with guidance takes two.")
+
+
+class DecoderConfig(StageConfig):
+    """The decoder, which keeps a causal cache for each video that it has in hand."""
+
+    max_sessions: PositiveInt = Field(32, description="Videos whose decoder caches a replica keeps at a time.")
+
+
+class RunnerConfig(_Strict):
+    """Runners claim videos from the store and take them through the stages."""
+
+    num_cpus: NonNegativeFloat = Field(0.1, description="Cores that Ray sets aside for a replica.")
+    replicas: PositiveInt = Field(1, description="How many runners there are.")
+    max_videos: PositiveInt = Field(16, description="Videos one runner works on at a time.")
+    poll_seconds: PositiveFloat = Field(
+        0.5, description="How often a runner looks for queued videos when nobody has told it of one."
+    )
+    max_attempts: PositiveInt = Field(3, description="Tries at a video before it fails for good.")
+
+
+class ApiConfig(_Strict):
+    """The HTTP front: any replica answers any request."""
+
+    num_cpus: NonNegativeFloat = Field(0.1, description="Cores that Ray sets aside for a replica.")
+    replicas: PositiveInt = Field(1, description="How many there are.")
+    max_ongoing_requests: PositiveInt = Field(512, description="Open requests a replica has at most; a viewer is one.")
+    max_body_bytes: PositiveInt = Field(1 << 20, description="The longest request body that is read.")
+
+
+class ServiceConfig(_Strict):
+    """Everything about a running service."""
+
+    models: dict[str, Path] = Field(
+        {"mini": MINI_BUNDLE}, min_length=1, description="Model name to its bundle's directory; the first is the default."
+    )
+    data_dir: Path = Field(Path("rushes-data"), description="Where the store and the finished videos live.")
+    store_url: str | None = Field(
+        None, description="SQLAlchemy URL of the video store; SQLite in `data_dir` when it is left out."
+    )
+    host: str = Field("127.0.0.1", description="Address that `rushes serve` listens on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port that `rushes serve` listens on.")
+    text_encoder: StageConfig = Field(StageConfig(num_cpus=0.1), description="The text encoder stage.")
+    denoiser: DenoiserConfig = Field(DenoiserConfig(num_cpus=0.5), description="The denoiser stage.")
+    decoder: DecoderConfig = Field(DecoderConfig(num_cpus=0.3), description="The decoder stage.")
+    runner: RunnerConfig = Field(RunnerConfig(), description="The runners.")
+    api: ApiConfig = Field(ApiConfig(), description="The HTTP front.")
+    lease_seconds: PositiveFloat = Field(
+        30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
+    )
+    retention_days: PositiveFloat = Field(30.0, description="How long a finished video is kept, as `expires_at` says.")
+    graceful_shutdown_seconds: PositiveFloat = Field(
+        _LONGEST_VIDEO_SECONDS,
+        description="How long a replica that must go may still work; longer than the longest video takes.",
+    )
+
+    @property
+    def default_model(self) -> str:
+        return next(iter(self.models))
+
+    @property
+    def videos_dir(self) -> Path:
+        """One directory a video: its fragment log and its finished MP4."""
+        return self.data_dir / "videos"
+
+    @property
+    def resolved_store_url(self) -> str:
+        return self.store_url or f"sqlite:///{self.data_dir / 'videos.db'}"
+
+    def resolved(self) -> ServiceConfig:
+        """The same with absolute paths: Ray's workers have working directories of their own.
+
+        Raises `ConfigError` when a bundle isn't there.
+        """
+        bundles = {name: path.expanduser().resolve() for name, path in self.models.items()}
+        for name, path in bundles.items():
+            if not (path / "bundle.json").is_file():
+                raise ConfigError(f"models.{name}: no bundle at {path}")
+        return self.model_copy(update={"models": bundles, "data_dir": self.data_dir.expanduser().resolve()})
+
+    def cores(self) -> float:
+        """What the replicas ask Ray for when every stage is at its largest."""
+        stages: tuple[StageConfig, ...] = (self.text_encoder, self.denoiser, self.decoder)
+        of_one_model = sum(stage.num_cpus * stage.autoscaling.max_replicas for stage in stages)
+        return (
+            of_one_model * len(self.models)
+            + self.runner.num_cpus * self.runner.replicas
+            + self.api.num_cpus * self.api.replicas
+        )
+
+
+def parse_config(values: Any, source: str = "config") -> ServiceConfig:
+    """Check `values` as a `ServiceConfig`. Raises `ConfigError`, which names every wrong key."""
+    try:
+        return ServiceConfig.model_validate(values)
+    except PydanticValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {_said(e)}" for e in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def load_config(path: Path) -> ServiceConfig:
+    """Read a YAML file. An empty file is all defaults. Raises `ConfigError`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return parse_config({} if values is None else values, str(path))
+
+
+def _said(error: Any) -> str:
+    return "there is no such key" if error["type"] == "extra_forbidden" else str(error["msg"])
