@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from serving.jobs.video import StaleFence, is_video_id
 # costs 25 wake-ups a second and sees a fragment within 40 ms.
 _SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.04
+_ASK_END_SECONDS = 1.0
 # A reader that starts late on a long log takes the index in pieces of this size.
 _INDEX_BLOCK_BYTES = 1 << 16
 # A line must fit in a block.
@@ -54,6 +55,10 @@ class LogEnd:
 
     error_code: str | None = None
     error_message: str | None = None
+
+
+# Whether a video has ended as far as somebody else (the store) knows, and how.
+AskEnd = Callable[[], Awaitable[LogEnd | None]]
 
 
 class LogError(RuntimeError):
@@ -118,36 +123,46 @@ class FragmentLog:
         """The fragments that are in the log now, read one at a time."""
         return (self.fragment(entry.index) for entry in self.entries())
 
-    async def follow(self, from_fragment: int = 0) -> AsyncGenerator[bytes, None]:
+    async def follow(self, from_fragment: int = 0, *, ask_end: AskEnd | None = None) -> AsyncGenerator[bytes, None]:
         """The init segment, then fragment `from_fragment` and each one after it as it comes, until the log is closed.
 
-        One fragment is in memory at a time. Raises `LogFailed` where a failed video ends. Waits without limit for a log
-        that isn't there yet: whoever ends a video that never ran must write that end here too.
+        One fragment is in memory at a time. Raises `LogFailed` where a failed video ends. A log that isn't there yet is
+        waited for. `ask_end` is asked about once a second while nothing comes: a video that failed before it ran, or
+        whose last runner died, may have no end in its log.
         """
         started = False
-        async with aclosing(self.watch(from_fragment)) as entries:
+        async with aclosing(self.watch(from_fragment, ask_end=ask_end)) as entries:
             async for entry in entries:
                 if not started:
                     yield await asyncio.to_thread(self.init)
                     started = True
                 yield await asyncio.to_thread(self.fragment, entry.index)
 
-    async def watch(self, from_fragment: int = 0) -> AsyncGenerator[LogEntry, None]:
+    async def watch(self, from_fragment: int = 0, *, ask_end: AskEnd | None = None) -> AsyncGenerator[LogEntry, None]:
         """As `follow`, but what the index says of each fragment instead of its bytes."""
         index = _Index(self.path)
         pause = _SHORTEST_PAUSE_SECONDS
+        until_asking = 0.0
+        said: LogEnd | None = None
         while True:
             lines = index.read() if index.has_more() else []
-            for line in lines:
+            for line in [*lines, *([said] if said and not lines else [])]:
                 if isinstance(line, LogEnd):
                     if line.error_code is not None:
                         raise LogFailed(line.error_code, line.error_message or "")
                     return
                 if line.index >= from_fragment:
                     yield line
-            pause = _SHORTEST_PAUSE_SECONDS if lines else min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
-            if not lines:
-                await asyncio.sleep(pause)
+            if lines:
+                pause = _SHORTEST_PAUSE_SECONDS
+                continue
+            if ask_end is not None and until_asking <= 0:
+                said = await ask_end()  # and then once more around: it may have been written meanwhile
+                until_asking = _ASK_END_SECONDS
+                continue
+            await asyncio.sleep(pause)
+            until_asking -= pause
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
 
     @property
     def _init_path(self) -> Path:
