@@ -28,7 +28,7 @@ def clip() -> NDArray[np.uint8]:
         frame[:] = np.stack([60 + y, 90 + y, 160 - x / 2], axis=-1)
         coverage = np.clip(15 - np.hypot(x - 12 - 2 * index, y - 34), 0, 1)[..., None]
         frame[:] = frame * (1 - coverage) + np.array([210, 70, 50], np.float32) * coverage
-    grain = np.random.default_rng(0).normal(0, 1.5, frames.shape[:3] + (1,))
+    grain = np.random.default_rng(0).normal(0, 1.5, (*frames.shape[:3], 1))
     return np.clip(frames + grain, 0, 255).round().astype(np.uint8)
 
 
