@@ -1,0 +1,60 @@
+"""OpenAI's error envelope for everything that goes wrong: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+_log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer that says what is wrong. `param` is the request field at fault, `code` a word for machines."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+def error_body(status: int, message: str, param: str | None, code: str | None) -> dict[str, object]:
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of `app`, its framework's own included, an envelope."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        # An oversized body is left unread, so the connection can't be used again.
+        headers = {"Connection": "close"} if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE else None
+        return JSONResponse(error_body(error.status, error.message, error.param, error.code), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        code = None
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            message, code = f"There is nothing at {request.method} {request.url.path}.", "not_found"
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            message, code = f"{request.url.path} can't be asked with {request.method}.", "method_not_allowed"
+        return JSONResponse(error_body(error.status_code, message, None, code), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def parameter_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        return JSONResponse(error_body(400, str(first["msg"]), param, "invalid_value"), 400)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return JSONResponse(error_body(500, "The service made a mistake; its log says more.", None, None), 500)

@@ -1,0 +1,167 @@
+"""What goes over the wire: OpenAI's Videos and Models objects, and this service's own fields beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from models.bundle import Manifest
+from serving.api.errors import ApiError
+from serving.jobs.store import Video, VideoStatus
+
+# Fields of OpenAI's request that this service knows of and can't honour yet: better said than ignored.
+_UNSUPPORTED = frozenset({"input_reference"})
+
+
+def _whole_number(value: Any) -> Any:
+    """OpenAI sends `seconds` as a string, people send a number; both mean the same."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10 else value
+
+
+class CreateVideoRequest(BaseModel):
+    """The body of `POST /v1/videos`. What is left out is the model's default; limits are checked against the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(description="What to show.")
+    model: str | None = Field(None, description="A model's name, as `GET /v1/models` lists it.")
+    seconds: Annotated[int, BeforeValidator(_whole_number, json_schema_input_type=str | int)] | None = Field(
+        None, description="Whole seconds, as a string or a number."
+    )
+    size: str | None = Field(None, description="`WIDTHxHEIGHT` in pixels.")
+    seed: int | None = Field(None, description="The same seed gives the same video; random when it is left out.")
+    negative_prompt: str | None = Field(None, description="What not to show.")
+    num_inference_steps: int | None = Field(None, description="Denoising steps.")
+    guidance_scale: float | None = Field(
+        None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
+    )
+    stream: bool = Field(False, description="Answer with the video itself, as fragmented MP4, while it is made.")
+
+
+def parse_create(values: Any, *, form: bool) -> CreateVideoRequest:
+    """Check a decoded body; in a form everything is text, in JSON types must be right.
+
+    Raises `ApiError` (400), which names the field.
+    """
+    if not isinstance(values, Mapping):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_type")
+    for name in _UNSUPPORTED & values.keys():
+        raise ApiError(400, f"{name} is not supported by this model.", param=name, code="unsupported_parameter")
+    try:
+        return CreateVideoRequest.model_validate(values, strict=not form)
+    except ValidationError as error:
+        raise _named(error.errors(include_url=False)) from None
+
+
+def _named(errors: list[ErrorDetails]) -> ApiError:
+    unknown = [str(error["loc"][0]) for error in errors if error["type"] == "extra_forbidden"]
+    if unknown:
+        shown = ", ".join(name[:64] for name in unknown[:5])
+        return ApiError(400, f"Unknown parameter: {shown}.", param=unknown[0][:64], code="unknown_parameter")
+    first = errors[0]
+    param = str(first["loc"][0])
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
+    return ApiError(400, f"Invalid {param}: {first['msg']}.", param=param, code="invalid_value")
+
+
+class VideoError(BaseModel):
+    code: str
+    message: str
+
+
+class VideoObject(BaseModel):
+    """OpenAI's video object, every key always there, and what it takes to make the same video again."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str | None
+    size: str
+    seconds: str
+    remixed_from_video_id: str | None = None
+    error: VideoError | None
+    seed: int
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def video_object(video: Video) -> VideoObject:
+    failed = video.status is VideoStatus.FAILED
+    return VideoObject(
+        id=video.id,
+        model=video.model,
+        status=video.status.value,
+        progress=video.progress,
+        created_at=int(video.created_at),
+        completed_at=None if video.completed_at is None or failed else int(video.completed_at),
+        expires_at=None if video.expires_at is None else int(video.expires_at),
+        prompt=video.prompt,
+        size=video.size,
+        seconds=video.seconds,
+        error=VideoError(code=video.error_code or "failed", message=video.error_message or "") if failed else None,
+        seed=video.request["seed"],
+        negative_prompt=video.request["negative_prompt"],
+        num_inference_steps=video.request["num_inference_steps"],
+        guidance_scale=video.request["guidance_scale"],
+    )
+
+
+class ModelLimits(BaseModel):
+    """What a request for this model may ask for, and what it gets when it doesn't ask."""
+
+    fps: int
+    default_size: str
+    size_multiple: int
+    min_side: int
+    max_side: int
+    default_seconds: int
+    max_seconds: int
+    default_steps: int
+    max_steps: int
+    default_guidance_scale: float
+    max_prompt_characters: int
+
+
+class ModelObject(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "rushes"
+    limits: ModelLimits
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
+    limits = manifest.limits
+    width, height = limits.default_size
+    return ModelObject(
+        id=name,
+        created=created,
+        limits=ModelLimits(
+            fps=manifest.fps,
+            default_size=f"{width}x{height}",
+            size_multiple=limits.size_multiple,
+            min_side=limits.min_side,
+            max_side=limits.max_side,
+            default_seconds=limits.default_seconds,
+            max_seconds=limits.max_seconds,
+            default_steps=manifest.sampler.num_inference_steps,
+            max_steps=limits.max_steps,
+            default_guidance_scale=manifest.sampler.guidance_scale,
+            max_prompt_characters=limits.max_prompt_characters,
+        ),
+    )
