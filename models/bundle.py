@@ -5,9 +5,13 @@ Only this file knows the manifest's shape. It is read by serving, which has no t
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -104,3 +108,107 @@ class Manifest(_Strict):
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
+
+
+class BundleError(ValueError):
+    """A bundle that can't be served. The message is one sentence: what is wrong, and what to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk. `digest` is the manifest's sha256: it names the bundle's exact content in cache keys."""
+
+    root: Path
+    manifest: Manifest
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path | str) -> Bundle:
+        """Read `bundle.json` without touching the large files; `verify` does that. Raises `BundleError`."""
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(
+                f"There is no bundle directory at {root}: check the path, or make one with `rushes export`."
+            )
+        try:
+            data = (root / MANIFEST).read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"{root} is not a bundle, since {MANIFEST} can't be read there: export it again."
+            ) from error
+        manifest = _parse(root, data)
+        for graph in get_args(GraphName):
+            if graph not in manifest.graphs:
+                raise BundleError(f"The bundle {root} has no graph '{graph}': export it again.")
+        for name in [manifest.text.tokenizer, *(graph.file for graph in manifest.graphs.values())]:
+            if name not in manifest.files:
+                raise BundleError(f"The bundle {root} uses '{name}' but does not list it in `files`: export it again.")
+        bundle = cls(root, manifest, hashlib.sha256(data).hexdigest())
+        for name in manifest.files:
+            bundle._inside(name)
+        return bundle
+
+    def verify(self) -> None:
+        """Check every file's presence, size and sha256. Reads the whole bundle once. Raises `BundleError`."""
+        for name, expected in self.manifest.files.items():
+            path = self._inside(name)
+            if not path.is_file():
+                raise BundleError(f"The bundle {self.root} lacks '{name}': copy or export it again.")
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise BundleError(
+                    f"The bundle {self.root} has '{name}' with {size} bytes instead of {expected.bytes}: "
+                    "the copy was cut off or replaced, so copy or export it again."
+                )
+            if sha256_of(path) != expected.sha256:
+                raise BundleError(
+                    f"The bundle {self.root} has '{name}' with another sha256 than the manifest says: "
+                    "it was damaged or changed, so copy or export it again."
+                )
+
+    def path_of(self, graph: GraphName) -> Path:
+        """The graph's ONNX file."""
+        return self._inside(self.manifest.graphs[graph].file)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The `tokenizers` JSON file."""
+        return self._inside(self.manifest.text.tokenizer)
+
+    def _inside(self, name: str) -> Path:
+        """The path of a file of the bundle; a manifest from elsewhere must not reach other files of this machine."""
+        path = self.root / name
+        named = PurePosixPath(name)
+        if named.is_absolute() or ".." in named.parts or not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(
+                f"The bundle {self.root} names '{name}', which lies outside of it: don't use this bundle."
+            )
+        return path
+
+
+def sha256_of(path: Path) -> str:
+    """The hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(root: Path, data: bytes) -> Manifest:
+    where = root / MANIFEST
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise BundleError(f"{where} is not valid JSON ({error}): copy or export the bundle again.") from error
+    if not isinstance(raw, dict):
+        raise BundleError(f"{where} must hold a JSON object: export the bundle again.")
+    # Before anything else: a newer format has keys that this version would only call unknown.
+    if raw.get("format") != FORMAT:
+        raise BundleError(
+            f"{where} has bundle format {raw.get('format')!r} and this version of rushes reads format {FORMAT}: "
+            "export the bundle again with this version."
+        )
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{where} is wrong at `{key}` ({first['msg']}): export the bundle again.") from error
