@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,19 +75,19 @@ class TextEncoder(Protocol):
 
 
 class Denoiser(Protocol):
-    def denoise(self, request: DenoiseRequest) -> AsyncIterator[StepDone | LatentChunk]:
-        """Closing the iterator cancels the video: its rows leave the batch before the next step."""
+    def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
+        """Closing the generator cancels the video: its rows leave the batch before the next step."""
 
 
 class Decoder(Protocol):
     """Sessions are sticky: the chunks of one video come in order, and the causal cache stays with the session."""
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        """Chunk 0 opens the session, the last chunk closes it. Raises `LostSession` if chunk n - 1 was not seen here."""
+        """Chunk 0 opens the session, the last chunk closes it. Raises `LostSession` if chunk n - 1 wasn't seen here."""
 
     async def close(self, video_id: str) -> None:
         """Free the session's cache; harmless when there is none."""
 
 
-class LostSession(LookupError):
+class LostSession(LookupError):  # noqa: N818
     """The decoder has no session that ends at the chunk before: replay the video's chunks from 0."""

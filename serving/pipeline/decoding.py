@@ -1,0 +1,128 @@
+"""The decoder stage: latent chunks to encoded fragments, with the causal cache kept from chunk to chunk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Manifest
+from serving.engines.engine import Array, Engine
+from serving.media.fmp4 import EncodedFragment, encode_fragment
+from serving.pipeline.geometry import first_frame
+from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
+
+_CACHE, _NEXT_CACHE = "cache_", "next_cache_"
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One video's causal cache, by the names of `decoder_next`'s inputs; `users` counts the calls that hold or await it."""
+
+    cache: dict[str, Array] = field(default_factory=dict)
+    next_chunk: int = 0
+    users: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class EngineDecoder:
+    """A `Decoder` over the two decoder engines; decoding and encoding each have a thread, so that they overlap.
+
+    At most `max_sessions` videos hold a cache. A new one takes the place of the video that has been idle longest, whose
+    next chunk then raises `LostSession`; when none is idle, it waits.
+    """
+
+    def __init__(self, first: Engine, following: Engine, manifest: Manifest, *, max_sessions: int = 8) -> None:
+        self._first, self._following = first, following
+        self._manifest = manifest
+        self._max_sessions = max_sessions
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._idle = asyncio.Event()
+        self._decode_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+
+    @property
+    def sessions(self) -> int:
+        """How many videos hold a cache here."""
+        return len(self._sessions)
+
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        session = await self._session(video_id, chunk.index)
+        session.users += 1
+        try:
+            frames = await self._decode_in_turn(video_id, session, chunk)
+        finally:
+            session.users -= 1
+            self._idle.set()
+        start = first_frame(self._manifest, chunk.index)
+        # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
+        frames = frames[: spec.frames - start, : spec.height, : spec.width]
+        encode = partial(encode_fragment, frames, fps=self._manifest.fps, index=chunk.index, first_frame=start)
+        loop = asyncio.get_running_loop()
+        encoded: EncodedFragment = await loop.run_in_executor(self._encode_thread, encode)
+        return Fragment(index=chunk.index, frames=len(frames), first_frame=start, init=encoded.init, data=encoded.data)
+
+    async def close(self, video_id: str) -> None:
+        self._sessions.pop(video_id, None)
+        self._idle.set()
+
+    async def shutdown(self) -> None:
+        """Wait for the calls that are running."""
+        await asyncio.to_thread(self._decode_thread.shutdown)
+        await asyncio.to_thread(self._encode_thread.shutdown)
+
+    async def _session(self, video_id: str, chunk: int) -> _Session:
+        if chunk:
+            if video_id not in self._sessions:
+                raise LostSession(f"{video_id}: no decoder session here for chunk {chunk}")
+            self._sessions.move_to_end(video_id)
+            return self._sessions[video_id]
+        self._sessions.pop(video_id, None)  # a replay starts afresh
+        while len(self._sessions) >= self._max_sessions:
+            idle = next((id for id, session in self._sessions.items() if not session.users), None)
+            if idle is not None:
+                del self._sessions[idle]
+            else:
+                self._idle.clear()
+                await self._idle.wait()
+        session = self._sessions[video_id] = _Session()
+        return session
+
+    async def _decode_in_turn(self, video_id: str, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
+        async with session.turn:
+            if self._sessions.get(video_id) is not session or session.next_chunk != chunk.index:
+                raise LostSession(f"{video_id}: the decoder session is at {session.next_chunk}, not at {chunk.index}")
+            loop = asyncio.get_running_loop()
+            # Until this call is through the cache belongs to no chunk; if it is cut short, the session is lost.
+            session.next_chunk = -1
+            frames, session.cache = await loop.run_in_executor(
+                self._decode_thread, self._run, session.cache, chunk.latents
+            )
+            session.next_chunk = chunk.index + 1
+            if chunk.last and self._sessions.get(video_id) is session:
+                del self._sessions[video_id]
+            return frames
+
+    def _run(self, cache: dict[str, Array], latents: NDArray[np.float32]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
+        """Frames uint8 `[n, height, width, 3]` and the cache for the next chunk, in the engines' thread."""
+        frames = []
+        batch = latents[None]
+        if not cache:
+            outputs = self._first.run({"latents": batch[:, :, :1]})
+            frames.append(outputs.pop("frames")[0])
+            cache, batch = outputs, batch[:, :, 1:]
+        if batch.shape[2]:
+            outputs = self._following.run({"latents": batch, **cache})
+            frames.append(outputs.pop("frames")[0])
+            cache = {_CACHE + name.removeprefix(_NEXT_CACHE): value for name, value in outputs.items()}
+        return np.concatenate(frames), cache
+
+
+def served_outputs(graph_outputs: list[str]) -> list[str]:
+    """What the decoder asks a graph for: the frames and the caches, not the float pixels kept for parity."""
+    return [name for name in graph_outputs if name != "pixels"]

@@ -1,0 +1,137 @@
+"""From what a user asked for to a `VideoSpec`: defaults and limits, the same for the command line and for HTTP."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+
+from models.bundle import Manifest
+from serving.pipeline.stages import VideoSpec
+from serving.pipeline.text import clean_prompt
+
+MAX_SEED = 2**63 - 1
+MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 20.0
+
+
+class InvalidRequest(ValueError):  # noqa: N818
+    """What was asked for can't be made: `param` names the parameter, `message` says what it must be."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+
+
+def make_spec(
+    manifest: Manifest,
+    prompt: object,
+    *,
+    seconds: object = None,
+    size: object = None,
+    seed: object = None,
+    negative_prompt: object = None,
+    num_inference_steps: object = None,
+    guidance_scale: object = None,
+) -> VideoSpec:
+    """Check everything against the bundle's limits; `None` means the default, and for `seed` a random one.
+
+    `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels. Values come
+    straight from JSON, so their types are checked too. Raises `InvalidRequest` for the first parameter that won't do.
+    """
+    limits, sampler = manifest.limits, manifest.sampler
+    if isinstance(seconds, str) and re.fullmatch(r"[0-9]{1,9}", seconds):
+        seconds = int(seconds)
+    width, height = _size(manifest, size)
+    return VideoSpec(
+        prompt=_text("prompt", prompt, limits.max_prompt_characters, required=True),
+        negative_prompt=_text("negative_prompt", negative_prompt or "", limits.max_prompt_characters),
+        width=width,
+        height=height,
+        frames=1 + manifest.fps * _whole("seconds", seconds, limits.default_seconds, 1, limits.max_seconds),
+        seed=_whole("seed", seed, secrets.randbits(32) if seed is None else 0, 0, MAX_SEED),
+        num_inference_steps=_whole(
+            "num_inference_steps", num_inference_steps, sampler.num_inference_steps, 1, limits.max_steps
+        ),
+        guidance_scale=_guidance_scale(guidance_scale, sampler.guidance_scale),
+        sampler=sampler.name,
+    )
+
+
+def _text(param: str, value: object, max_characters: int, *, required: bool = False) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(param, f"{param} must be a string, not {_kind(value)}")
+    if len(value) > max_characters:
+        raise InvalidRequest(param, f"{param} has {len(value)} characters; at most {max_characters} are allowed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        raise InvalidRequest(param, f"{param} is not valid Unicode text") from None
+    if required and not clean_prompt(value):
+        raise InvalidRequest(param, f"{param} must not be empty")
+    return value
+
+
+def _whole(param: str, value: object, default: int, low: int, high: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest(param, f"{param} must be a whole number, not {_kind(value)}")
+    if not low <= value <= high:
+        raise InvalidRequest(param, f"{param} must be between {low} and {high}, not {value}")
+    return value
+
+
+def _guidance_scale(value: object, default: float) -> float:
+    param = "guidance_scale"
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidRequest(param, f"{param} must be a number, not {_kind(value)}")
+    # Compared before it is made a float: a whole number from JSON can be larger than any float.
+    if not MIN_GUIDANCE_SCALE <= value <= MAX_GUIDANCE_SCALE or math.isnan(value):
+        raise InvalidRequest(
+            param, f"{param} must be between {MIN_GUIDANCE_SCALE:g} and {MAX_GUIDANCE_SCALE:g}, not {_short(value)}"
+        )
+    return float(value)
+
+
+def _size(manifest: Manifest, value: object) -> tuple[int, int]:
+    limits = manifest.limits
+    if value is None:
+        return limits.default_size
+    if not isinstance(value, str):
+        raise InvalidRequest("size", f"size must be a string like 128x128, not {_kind(value)}")
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)
+    if match is None:
+        raise InvalidRequest("size", f"size must be WIDTHxHEIGHT in pixels, like 128x128, not {_short(value)!r}")
+    width, height = int(match[1]), int(match[2])
+    for side in (width, height):
+        if not limits.min_side <= side <= limits.max_side:
+            raise InvalidRequest(
+                "size", f"size must have sides between {limits.min_side} and {limits.max_side} pixels, not {value}"
+            )
+        if side % limits.size_multiple:
+            raise InvalidRequest("size", f"size must have sides that are multiples of {limits.size_multiple}: {value}")
+    return width, height
+
+
+def _kind(value: object) -> str:
+    """What JSON calls the value, with the value itself where it helps."""
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return f"the number {_short(value)}"
+    if isinstance(value, str):
+        return f"the string {_short(value)!r}"
+    return {list: "a list", dict: "an object", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+def _short(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python won't print integers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 40 else text[:40] + "…"

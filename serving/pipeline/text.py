@@ -1,0 +1,82 @@
+"""Prompts to embeddings: cleaning, tokens, the text encoder's engine, and a cache by content."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import html
+import re
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from models.bundle import TextInfo
+from serving.engines.engine import Engine
+from serving.pipeline.stages import TextEmbedding
+
+PAD_ID = 0
+
+
+def clean_prompt(prompt: str) -> str:
+    """As `WanPipeline.prompt_clean`, but for ftfy's mending of broken encodings: the base install doesn't have ftfy."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
+
+
+class EngineTextEncoder:
+    """A `TextEncoder` over an engine. Embeddings are cached by the prompt's content, least recently used out first.
+
+    `cache_bytes` bounds what the cached embeddings hold; 0 turns the cache off.
+    """
+
+    def __init__(self, engine: Engine, tokenizer_file: Path, info: TextInfo, *, cache_bytes: int = 64 << 20) -> None:
+        self._engine = engine
+        self._info = info
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        # Truncating counts the special tokens in, so that a long prompt still ends with </s>.
+        self._tokenizer.enable_truncation(info.max_tokens)
+        self._tokenizer.no_padding()
+        self._cache: OrderedDict[bytes, TextEmbedding] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._one_call = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="text-encoder")
+
+    @property
+    def cached_bytes(self) -> int:
+        return self._cached_bytes
+
+    async def encode(self, prompt: str) -> TextEmbedding:
+        cleaned = clean_prompt(prompt)
+        key = hashlib.sha256(cleaned.encode()).digest()
+        # Looked up under the lock: a prompt that is being encoded already is not encoded twice.
+        async with self._one_call:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+            embedding = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, cleaned)
+            self._keep(key, embedding)
+            return embedding
+
+    async def close(self) -> None:
+        """Wait for the call that is running."""
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def _run(self, prompt: str) -> TextEmbedding:
+        ids = self._tokenizer.encode(prompt).ids
+        input_ids = np.full((1, self._info.max_tokens), PAD_ID, np.int64)
+        attention_mask = np.zeros((1, self._info.max_tokens), np.int64)
+        input_ids[0, : len(ids)] = ids
+        attention_mask[0, : len(ids)] = 1
+        hidden_states = self._engine.run({"input_ids": input_ids, "attention_mask": attention_mask})["hidden_states"][0]
+        hidden_states.flags.writeable = False  # shared through the cache
+        return TextEmbedding(hidden_states)
+
+    def _keep(self, key: bytes, embedding: TextEmbedding) -> None:
+        self._cache[key] = embedding
+        self._cached_bytes += embedding.hidden_states.nbytes
+        while self._cached_bytes > self._cache_bytes:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.hidden_states.nbytes

@@ -1,0 +1,94 @@
+"""The tables against diffusers' schedulers, over whole trajectories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.samplers import SamplerName, advance, build_table
+
+STEPS = [1, 2, 3, 4, 7, 20, 50]
+SHIFTS = [1.0, 3.0, 5.0, 8.0]
+SHAPE = (4, 3, 6, 8)
+
+
+def velocity(x: Any, timestep: float, condition: float) -> Any:
+    """A field that depends on place, time and condition, bends a trajectory, and works on numpy and torch alike."""
+    wave = x.sin() if hasattr(x, "sin") else np.sin(x)
+    return 0.7 * x - 0.5 * wave * (timestep / 1000) + condition * (0.3 + 0.2 * x * (1 - timestep / 1000))
+
+
+def scheduler(name: SamplerName, shift: float) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    if name == "euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    return diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+    )
+
+
+def noise() -> np.ndarray:
+    return np.random.default_rng(3).standard_normal(SHAPE, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_trajectory_is_that_of_diffusers(name: SamplerName, steps: int, shift: float, guidance_scale: float) -> None:
+    reference = scheduler(name, shift)
+    import torch
+
+    reference.set_timesteps(steps)
+    reference.set_begin_index(0)  # as WanPipeline does
+    table = build_table(name, steps, shift=shift, guidance_scale=guidance_scale)
+    np.testing.assert_array_equal(table.timesteps, reference.timesteps.float().numpy())
+    np.testing.assert_allclose(table.sigmas, reference.sigmas.numpy(), atol=1e-7, rtol=0)
+
+    expected = torch.from_numpy(noise())[None]
+    state = np.zeros((1 + table.history, *SHAPE), np.float32)
+    state[0] = noise()
+    for step, t in enumerate(reference.timesteps):
+        conditional, unconditional = (velocity(expected, float(t), c) for c in (1.0, -0.4))
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        if guidance_scale == 1.0:
+            guided = conditional
+        expected = reference.step(guided, t, expected, return_dict=False)[0]
+
+        t_table = float(table.timesteps[step])
+        state = advance(
+            table.coefficients[step],
+            state,
+            velocity(state[0], t_table, 1.0),
+            velocity(state[0], t_table, -0.4) if guidance_scale > 1 else None,
+        )
+        np.testing.assert_allclose(state[0], expected[0].numpy(), atol=1e-5, rtol=0, err_msg=f"step {step}")
+
+
+def test_unipc_asks_the_model_at_whole_timesteps() -> None:
+    timesteps = build_table("unipc", 20, shift=3.0).timesteps
+    assert timesteps[0] == 999
+    np.testing.assert_array_equal(timesteps, np.floor(timesteps))
+
+
+def test_without_guidance_the_unconditional_output_has_no_weight() -> None:
+    assert not build_table("unipc", 9, shift=3.0).coefficients[:, :, 2].any()
+
+
+def test_a_straight_field_is_solved_exactly_by_both() -> None:
+    """For x(sigma) = x0 + sigma (noise - x0) the velocity is constant, and any step count ends at x0."""
+    x0, start = np.full(SHAPE, 0.25, np.float32), noise()
+    for name in ("euler", "unipc"):
+        table = build_table(name, 6, shift=3.0)
+        state = np.zeros((1 + table.history, *SHAPE), np.float32)
+        state[0] = start
+        for matrix in table.coefficients:
+            state = advance(matrix, state, start - x0, None)
+        np.testing.assert_allclose(state[0], x0, atol=1e-5)
+
+
+def test_no_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one step"):
+        build_table("euler", 0, shift=3.0)
