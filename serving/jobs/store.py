@@ -8,6 +8,7 @@ raises `StaleFence`.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -266,10 +267,10 @@ def _open(url: str) -> Engine:
     engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
-    def configure(connection: Any, _record: Any) -> None:
+    def configure(connection: sqlite3.Connection, _record: Any) -> None:
         # Python's own transaction handling begins late and never IMMEDIATE; SQLAlchemy's documented way around it.
         connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_wal(connection)
         # The default in WAL mode may forget the last commits when the power fails.
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -280,3 +281,17 @@ def _open(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch the database file to WAL, once for its life. SQLite's own busy timeout does not cover the switch, and
+    several processes may open a new database at once."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

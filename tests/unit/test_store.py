@@ -228,12 +228,11 @@ async def test_sqlite_keeps_what_was_committed_even_if_the_power_fails(store: Sq
         assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
 
 
-def _claim_together(database: str, rounds: int, together: Any, results: Any) -> None:
-    """Open the store and claim and complete `rounds` times, each time at once with the other processes."""
+def _claim_together(directory: Path, together: Any, results: Any, rounds: int) -> None:
+    """Claim and complete `rounds` times, each time at once with the other processes."""
 
     async def run() -> list[str | None]:
-        together.wait()
-        store = SqlVideoStore(database)
+        store = SqlVideoStore(url(directory))
         mine: list[str | None] = []
         for _ in range(rounds):
             together.wait()
@@ -248,24 +247,32 @@ def _claim_together(database: str, rounds: int, together: Any, results: Any) -> 
     results.put(asyncio.run(run()))
 
 
-async def _claims_of_processes(database: str, processes: int, rounds: int) -> list[str | None]:
-    together, results = SPAWN.Barrier(processes), SPAWN.Queue()
-    running = [
-        SPAWN.Process(target=_claim_together, args=(database, rounds, together, results)) for _ in range(processes)
-    ]
+def _open_together(directory: Path, together: Any, results: Any, rounds: int) -> None:
+    """Open `rounds` new databases, each at once with the other processes."""
+    for index in range(rounds):
+        (directory / str(index)).mkdir(exist_ok=True)
+        together.wait()
+        SqlVideoStore(url(directory / str(index))).dispose()
+    results.put([rounds])
+
+
+async def _in_processes(count: int, target: Callable[..., None], directory: Path, rounds: int) -> list[Any]:
+    """What `count` processes that run `target` at once put into their results, one after another."""
+    together, results = SPAWN.Barrier(count, timeout=60), SPAWN.Queue()
+    running = [SPAWN.Process(target=target, args=(directory, together, results, rounds)) for _ in range(count)]
     for process in running:
         process.start()
-    claims = [claim for _ in running for claim in await asyncio.to_thread(results.get, timeout=120)]
+    # Joined first, and so few results that they fit into the pipe: a process that dies is seen at once.
     for process in running:
         await asyncio.to_thread(process.join)
-    assert [process.exitcode for process in running] == [0] * processes
-    return claims
+    assert [process.exitcode for process in running] == [0] * count
+    return [result for _ in running for result in results.get(timeout=10)]
 
 
 async def test_processes_that_claim_at_once_never_get_the_same_video(tmp_path: Path) -> None:
     store = SqlVideoStore(url(tmp_path))
     created = [(await store.create(make_video())).id for _ in range(45)]
-    claims = await _claims_of_processes(url(tmp_path), processes=3, rounds=15)
+    claims = await _in_processes(3, _claim_together, tmp_path, rounds=15)
     assert sorted(claims, key=str) == sorted(created)
     for video_id in created:
         video = await store.get(video_id)
@@ -275,7 +282,7 @@ async def test_processes_that_claim_at_once_never_get_the_same_video(tmp_path: P
 
 
 async def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
-    assert await _claims_of_processes(url(tmp_path), processes=4, rounds=2) == [None] * 8
+    assert await _in_processes(4, _open_together, tmp_path, rounds=10) == [10] * 4
 
 
 async def test_tasks_of_one_process_that_claim_at_once_never_get_the_same_video(store: SqlVideoStore) -> None:
