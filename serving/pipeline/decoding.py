@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Manifest
+from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Array, Engine
+from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.media.fmp4 import EncodedFragment, encode_fragment
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
@@ -22,7 +23,7 @@ _CACHE, _NEXT_CACHE = "cache_", "next_cache_"
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """One video's causal cache, by the names of `decoder_next`'s inputs; `users` counts the calls that hold or await it."""
+    """One video's causal cache, by the names of `decoder_next`'s inputs; `users` counts the calls that want it."""
 
     cache: dict[str, Array] = field(default_factory=dict)
     next_chunk: int = 0
@@ -45,6 +46,15 @@ class EngineDecoder:
         self._idle = asyncio.Event()
         self._decode_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+
+    @classmethod
+    def open(cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, max_sessions: int = 8) -> EngineDecoder:
+        def engine(graph: GraphName) -> OnnxRuntimeEngine:
+            # `pixels` is there to measure parity with; only the frames and the cache are worth fetching.
+            outputs = [o.name for o in bundle.manifest.graphs[graph].outputs if o.name != "pixels"]
+            return OnnxRuntimeEngine(bundle.path_of(graph), threads=threads, provider=provider, outputs=outputs)
+
+        return cls(engine("decoder_first"), engine("decoder_next"), bundle.manifest, max_sessions=max_sessions)
 
     @property
     def sessions(self) -> int:
@@ -71,7 +81,7 @@ class EngineDecoder:
         self._sessions.pop(video_id, None)
         self._idle.set()
 
-    async def shutdown(self) -> None:
+    async def stop(self) -> None:
         """Wait for the calls that are running."""
         await asyncio.to_thread(self._decode_thread.shutdown)
         await asyncio.to_thread(self._encode_thread.shutdown)
@@ -121,8 +131,3 @@ class EngineDecoder:
             frames.append(outputs.pop("frames")[0])
             cache = {_CACHE + name.removeprefix(_NEXT_CACHE): value for name, value in outputs.items()}
         return np.concatenate(frames), cache
-
-
-def served_outputs(graph_outputs: list[str]) -> list[str]:
-    """What the decoder asks a graph for: the frames and the caches, not the float pixels kept for parity."""
-    return [name for name in graph_outputs if name != "pixels"]

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Manifest
+from models.bundle import Bundle, Manifest
 from models.samplers import SamplerTable, advance, build_table
 from serving.engines.engine import Engine
+from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone, VideoSpec
@@ -57,6 +58,19 @@ class EngineDenoiser:
         self._loop: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
 
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int = 1,
+        provider: str = CPU,
+        limits: Limits | None = None,
+        max_sessions: int = 64,
+    ) -> EngineDenoiser:
+        engine = OnnxRuntimeEngine(bundle.path_of("denoiser"), threads=threads, provider=provider)
+        return cls(engine, bundle.manifest, limits=limits, max_sessions=max_sessions)
+
     @property
     def sessions(self) -> int:
         """How many videos hold memory here."""
@@ -83,7 +97,7 @@ class EngineDenoiser:
                 self._scheduler.remove(id)
                 self._sessions.pop(id, None)
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Stop the loop and wait for the call that is running. Videos still open get no more events."""
         if self._loop is not None:
             self._loop.cancel()

@@ -36,8 +36,9 @@ def make_spec(
 ) -> VideoSpec:
     """Check everything against the bundle's limits; `None` means the default, and for `seed` a random one.
 
-    `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels. Values come
-    straight from JSON, so their types are checked too. Raises `InvalidRequest` for the first parameter that won't do.
+    `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels. Values
+    come straight from JSON, so their types are checked too. Raises `InvalidRequest` for the first parameter that
+    won't do.
     """
     limits, sampler = manifest.limits, manifest.sampler
     if isinstance(seconds, str) and re.fullmatch(r"[0-9]{1,9}", seconds):
@@ -45,7 +46,9 @@ def make_spec(
     width, height = _size(manifest, size)
     return VideoSpec(
         prompt=_text("prompt", prompt, limits.max_prompt_characters, required=True),
-        negative_prompt=_text("negative_prompt", negative_prompt or "", limits.max_prompt_characters),
+        negative_prompt=_text(
+            "negative_prompt", "" if negative_prompt is None else negative_prompt, limits.max_prompt_characters
+        ),
         width=width,
         height=height,
         frames=1 + manifest.fps * _whole("seconds", seconds, limits.default_seconds, 1, limits.max_seconds),
@@ -80,7 +83,7 @@ def _whole(param: str, value: object, default: int, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidRequest(param, f"{param} must be a whole number, not {_kind(value)}")
     if not low <= value <= high:
-        raise InvalidRequest(param, f"{param} must be between {low} and {high}, not {value}")
+        raise InvalidRequest(param, f"{param} must be between {low} and {high}, not {_short(value)}")
     return value
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.bundle import TextInfo
+from models.bundle import Bundle, TextInfo
 from serving.engines.engine import Engine
+from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.pipeline.stages import TextEmbedding
 
 PAD_ID = 0
@@ -44,6 +45,13 @@ class EngineTextEncoder:
         self._one_call = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text-encoder")
 
+    @classmethod
+    def open(
+        cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, cache_bytes: int = 64 << 20
+    ) -> EngineTextEncoder:
+        engine = OnnxRuntimeEngine(bundle.path_of("text_encoder"), threads=threads, provider=provider)
+        return cls(engine, bundle.tokenizer, bundle.manifest.text, cache_bytes=cache_bytes)
+
     @property
     def cached_bytes(self) -> int:
         return self._cached_bytes
@@ -60,7 +68,7 @@ class EngineTextEncoder:
             self._keep(key, embedding)
             return embedding
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Wait for the call that is running."""
         await asyncio.to_thread(self._thread.shutdown)
 

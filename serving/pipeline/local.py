@@ -1,0 +1,64 @@
+"""The whole pipeline in one process: what `rushes generate` runs."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+from models.bundle import Bundle
+from serving.engines.onnx_runtime import CPU
+from serving.pipeline.decoding import EngineDecoder
+from serving.pipeline.denoising import EngineDenoiser
+from serving.pipeline.generation import OnProgress, Sink, generate
+from serving.pipeline.scheduler import Limits
+from serving.pipeline.stages import VideoSpec
+from serving.pipeline.text import EngineTextEncoder
+
+
+class LocalPipeline:
+    """Three stages over one bundle; `async with` it, so that its threads end. Videos may be made at the same time."""
+
+    def __init__(
+        self, bundle: Bundle, text_encoder: EngineTextEncoder, denoiser: EngineDenoiser, decoder: EngineDecoder
+    ) -> None:
+        self.bundle = bundle
+        self.text_encoder = text_encoder
+        self.denoiser = denoiser
+        self.decoder = decoder
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, limits: Limits | None = None
+    ) -> LocalPipeline:
+        """Load the engines. `threads` is for each engine's calls; raises `EngineError` for one that can't be loaded."""
+        return cls(
+            bundle,
+            EngineTextEncoder.open(bundle, threads=threads, provider=provider),
+            EngineDenoiser.open(bundle, threads=threads, provider=provider, limits=limits),
+            EngineDecoder.open(bundle, threads=threads, provider=provider),
+        )
+
+    async def generate(
+        self, spec: VideoSpec, sink: Sink, on_progress: OnProgress | None = None, *, video_id: str | None = None
+    ) -> None:
+        """As `generation.generate`; without a `video_id` the video gets one that no other has."""
+        await generate(
+            video_id or uuid4().hex,
+            spec,
+            text_encoder=self.text_encoder,
+            denoiser=self.denoiser,
+            decoder=self.decoder,
+            sink=sink,
+            on_progress=on_progress,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.denoiser.stop()
+        await self.decoder.stop()
+        await self.text_encoder.stop()
