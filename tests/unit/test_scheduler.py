@@ -1,0 +1,161 @@
+"""What the step scheduler promises, over made-up traffic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.pipeline.scheduler import Entry, Limits, StepScheduler
+
+# Examples are the same in every run, and a busy machine fails none of them.
+steady = settings(deadline=None, derandomize=True)
+
+LIMITS = Limits(max_rows=4, max_tokens=400)
+SHAPES = [(4, 1, 2, 2), (4, 9, 4, 4), (4, 9, 8, 8)]
+TOKENS = dict(zip(SHAPES, [1, 36, 144], strict=True))
+
+
+def entry(
+    id: Hashable, *, shape: tuple[int, ...] = SHAPES[1], rows: int = 2, steps: int = 3, priority: int = 0
+) -> Entry:
+    return Entry(id, shape, rows, TOKENS[shape], steps, priority)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> list[Entry]:
+    drawn = draw(
+        st.lists(
+            st.tuples(st.sampled_from(SHAPES), st.sampled_from([1, 2]), st.integers(1, 12), st.integers(-2, 2)),
+            max_size=12,
+        )
+    )
+    return [entry(i, shape=s, rows=r, steps=n, priority=p) for i, (s, r, n, p) in enumerate(drawn)]
+
+
+def drain(scheduler: StepScheduler) -> list[list[Hashable]]:
+    calls = []
+    while call := scheduler.next_step():
+        calls.append(call)
+    return calls
+
+
+@steady
+@given(entries())
+def test_every_call_is_of_one_shape_and_within_the_limits(drawn: list[Entry]) -> None:
+    scheduler = StepScheduler(LIMITS)
+    for e in drawn:
+        scheduler.add(e)
+    for call in drain(scheduler):
+        rows = [drawn[id] for id in call]  # type: ignore[call-overload]
+        assert len(set(call)) == len(call)
+        assert len({e.shape for e in rows}) == 1
+        assert sum(e.rows for e in rows) <= LIMITS.max_rows
+        assert sum(e.tokens for e in rows) <= LIMITS.max_tokens
+
+
+@steady
+@given(entries())
+def test_every_session_runs_exactly_its_steps_and_leaves(drawn: list[Entry]) -> None:
+    scheduler = StepScheduler(LIMITS)
+    for e in drawn:
+        scheduler.add(e)
+    assert scheduler.outstanding_tokens == sum(e.tokens * e.steps for e in drawn)
+    ran = Counter(id for call in drain(scheduler) for id in call)
+    assert ran == {e.id: e.steps for e in drawn}
+    assert len(scheduler) == 0
+    assert scheduler.outstanding_tokens == 0
+
+
+@steady
+@given(entries(), st.data())
+def test_nobody_starves_while_others_keep_coming(drawn: list[Entry], data: st.DataObject) -> None:
+    """Whatever arrives and is cancelled meanwhile, a waiting session runs after bounded work of the others."""
+    scheduler = StepScheduler(LIMITS)
+    patient = entry("patient", shape=SHAPES[2], rows=2, steps=1000, priority=-2)
+    scheduler.add(patient)
+    # Once every other session has had as much work as one step of the patient one costs it, it is its turn.
+    heaviest = patient.tokens / 2.0**patient.priority
+    lightest = 1 / 2.0**2
+    waited, here = 0, 0
+    for number in range(100):
+        if drawn and data.draw(st.booleans(), label="arrives"):
+            e = drawn[number % len(drawn)]
+            scheduler.add(Entry((number, e.id), e.shape, e.rows, e.tokens_per_row, e.steps, e.priority))
+            here += 1
+        waited = 0 if "patient" in scheduler.next_step() else waited + 1
+        assert waited <= (here + 1) * (heaviest / lightest + 1)
+    assert "patient" in {id for _ in range(5000) for id in scheduler.next_step()}
+
+
+@steady
+@given(st.integers(1, 10), st.integers(2, 8))
+def test_equals_of_one_shape_take_turns(count: int, rows: int) -> None:
+    scheduler = StepScheduler(Limits(max_rows=rows, max_tokens=10_000))
+    for id in range(count):
+        scheduler.add(entry(id, steps=1000))
+    ran: Counter[Hashable] = Counter(dict.fromkeys(range(count), 0))
+    for _ in range(50):
+        ran.update(scheduler.next_step())
+        assert max(ran.values()) - min(ran.values()) <= 1
+
+
+def test_shapes_share_the_engine_by_work_not_by_calls() -> None:
+    """A preview's steps all fit in between two steps of a long video, and the long video still runs."""
+    scheduler = StepScheduler(LIMITS)
+    scheduler.add(entry("long", shape=SHAPES[2], steps=50))
+    assert scheduler.next_step() == ["long"]
+    scheduler.add(entry("preview", shape=SHAPES[0], steps=20))
+    calls = [scheduler.next_step() for _ in range(21)]
+    assert calls == [["preview"]] * 20 + [["long"]]
+
+
+def test_a_priority_level_doubles_the_share() -> None:
+    scheduler = StepScheduler(Limits(max_rows=2, max_tokens=400))
+    scheduler.add(entry("usual", steps=1000))
+    scheduler.add(entry("urgent", steps=1000, priority=1))
+    ran = Counter(id for _ in range(300) for id in scheduler.next_step())
+    assert ran["urgent"] == pytest.approx(2 * ran["usual"], abs=2)
+
+
+def test_a_removed_session_does_not_run_again() -> None:
+    scheduler = StepScheduler(LIMITS)
+    scheduler.add(entry("a"))
+    scheduler.add(entry("b"))
+    assert scheduler.next_step() == ["a", "b"]
+    scheduler.remove("a")
+    scheduler.remove("never seen")
+    assert drain(scheduler) == [["b"], ["b"]]
+
+
+def test_one_row_sessions_fill_what_two_row_sessions_leave() -> None:
+    scheduler = StepScheduler(Limits(max_rows=3, max_tokens=400))
+    scheduler.add(entry("two", rows=2))
+    scheduler.add(entry("two more", rows=2))
+    scheduler.add(entry("one", rows=1))
+    assert scheduler.next_step() == ["two", "one"]
+    assert scheduler.next_step() == ["two more", "one"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (entry("x", rows=5), "over the denoiser's limit of 4 rows"),
+        (Entry("x", SHAPES[2], 2, 201, 3), "and 400 tokens a call"),
+        (entry("x", steps=0), "nothing to run"),
+        (entry("here"), "already scheduled"),
+    ],
+)
+def test_what_can_never_run_is_refused(bad: Entry, message: str) -> None:
+    scheduler = StepScheduler(LIMITS)
+    scheduler.add(entry("here"))
+    with pytest.raises(ValueError, match=message):
+        scheduler.add(bad)
+
+
+def test_limits_that_no_guided_video_fits_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_rows"):
+        Limits(max_rows=1)
