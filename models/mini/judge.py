@@ -13,10 +13,10 @@ from itertools import product
 from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from models.mini import world
-from models.mini.world import Attributes, Camera, Color, Floor, FloatArray, Light, Motion, Shape, Size, Sun
+from models.mini.world import Attributes, Camera, Color, FloatArray, Floor, Light, Motion, Shape, Size, Sun
 
 BoolArray = NDArray[np.bool_]
 
@@ -65,8 +65,8 @@ class _Track:
 
 
 def judge(frames: NDArray[np.uint8]) -> Verdict:
-    """Attributes of a clip `[frames, height, width, 3]` (RGB, `world.FPS` frames a second, the world's still camera)."""
-    pixels = _smooth(frames.astype(np.float32) / 255)
+    """Attributes of a clip `[frames, height, width, 3]`: RGB, `world.FPS` frames a second, the world's still camera."""
+    pixels = _smooth(_f32(frames) / np.float32(255))
     setting = _find_setting(pixels)
     strange = _distance_to_setting(pixels, setting)
     color, mask = _find_object(pixels, strange, world.SUNS[setting.light])
@@ -77,6 +77,10 @@ def judge(frames: NDArray[np.uint8]) -> Verdict:
     size = _find_size(track, shape)
     motion = _find_motion(track, shape, size, pixels, mask)
     return Verdict(shape, color, size, motion, setting.floor, setting.light)
+
+
+def _f32(values: ArrayLike) -> FloatArray:
+    return np.asarray(values, np.float32)
 
 
 def _smooth(pixels: FloatArray) -> FloatArray:
@@ -91,7 +95,9 @@ def _smooth(pixels: FloatArray) -> FloatArray:
 
 @cache
 def _settings(height: int, width: int) -> tuple[_Setting, ...]:
-    return tuple(_setting(f, l, height, width, 1.0) for f, l in product(get_args(Floor), get_args(Light)))
+    return tuple(
+        _setting(floor, light, height, width, 1.0) for floor, light in product(get_args(Floor), get_args(Light))
+    )
 
 
 @cache
@@ -134,17 +140,17 @@ def _distance_to_setting(pixels: FloatArray, setting: _Setting) -> FloatArray:
 def _palette(color: Color, sun: Sun) -> FloatArray:
     """Colours `[shades, 3]` that an object of this colour shows under this sun."""
     shades = [
-        np.float32(sun.color) * 1.15 * diffuse + np.float32(sun.ambient) * bounce
+        _f32(sun.color) * 1.15 * diffuse + _f32(sun.ambient) * bounce
         for diffuse, bounce in product(np.linspace(0, 1, 12), (0.55, 0.75, 0.95))
     ]
-    return np.clip(np.float32(world.OBJECT_RGB[color]) * 0.97 * np.float32(shades), 0, 1).astype(np.float32)
+    return _f32(np.clip(_f32(world.OBJECT_RGB[color]) * 0.97 * _f32(shades), 0, 1))
 
 
 def _distance_to_color(pixels: FloatArray, color: Color, sun: Sun) -> FloatArray:
     """Distance `[pixels]` of `pixels` `[pixels, 3]` from the nearest shade of a colour."""
     palette = _palette(color, sun)
     squares = np.square(pixels).sum(-1)[:, None] - 2 * pixels @ palette.T + np.square(palette).sum(-1)
-    return np.sqrt(np.maximum(squares.min(-1), 0)).astype(np.float32)
+    return _f32(np.sqrt(np.maximum(squares.min(-1), 0)))
 
 
 def _find_object(pixels: FloatArray, strange: FloatArray, sun: Sun) -> tuple[Color | None, BoolArray]:
@@ -182,7 +188,7 @@ def _outline(mask: BoolArray) -> _Track | None:
         clipped.append(bool(left.min() == 0 or right.max() == width or y.min() == 0 or y.max() == height - 1))
     if len(times) < max(2, frames // 3):
         return None
-    return _Track(np.float32(times), np.float32(supports), np.array(clipped))
+    return _Track(_f32(times), _f32(supports), np.array(clipped))
 
 
 def _largest_patch(mask: BoolArray) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -197,15 +203,14 @@ def _largest_patch(mask: BoolArray) -> tuple[NDArray[np.int64], NDArray[np.int64
             run = parent[run]
         return run
 
-    above: list[int] = []
-    current: list[int] = []
-    row = -1
-    for run, (r, a, b) in enumerate(zip(y.tolist(), left.tolist(), right.tolist(), strict=True)):
-        if r != row:
-            above, current, row = (current if r == row + 1 else []), [], r
-        current.append(run)
-        for other in above:
-            if left[other] < b and right[other] > a:
+    runs = list(zip(y.tolist(), left.tolist(), right.tolist(), strict=True))
+    gap = 1 + len(mask) // 32  # a shaded part that looks like the floor behind it may cut an object in two
+    first = 0
+    for run, (row, start, end) in enumerate(runs):
+        while runs[first][0] < row - gap:
+            first += 1
+        for other in range(first, run):
+            if runs[other][0] < row and runs[other][1] < end and runs[other][2] > start:
                 parent[root(other)] = root(run)
     label = np.array([root(run) for run in range(len(y))], np.int64)
     if not len(label):
@@ -225,19 +230,19 @@ def _surface(shape: Shape) -> FloatArray:
     match shape:
         case "ball":
             slices = np.linspace(-1, 1, 25)[:, None, None]
-            return np.float32(circle * np.sqrt(1 - slices**2) + slices * [0, 1, 0]).reshape(-1, 3)
+            return _f32(circle * np.sqrt(1 - slices**2) + slices * [0, 1, 0]).reshape(-1, 3)
         case "cube":
-            return np.float32(list(product((-1, 1), repeat=3)))
+            return _f32(list(product((-1, 1), repeat=3)))
         case "cylinder":
-            return np.float32(np.concatenate([0.85 * circle + [0, 1, 0], 0.85 * circle - [0, 1, 0]]))
+            return _f32(np.concatenate([0.85 * circle + [0, 1, 0], 0.85 * circle - [0, 1, 0]]))
         case "cone":
-            return np.float32(np.concatenate([circle - [0, 1, 0], [[0, 1, 0]]]))
+            return _f32(np.concatenate([circle - [0, 1, 0], [[0, 1, 0]]]))
 
 
 def _project(shape: Shape, radius: float, center: tuple[float, float, float], yaw: float) -> FloatArray:
     """Support function `[angles]`, in frame heights, of an outline as the world's camera sees it."""
     points = _surface(shape)
-    turned = world._turn(points, np.full(len(points), yaw, np.float32)) * radius + np.float32(center)
+    turned = world._turn(points, np.full(len(points), yaw, np.float32)) * radius + _f32(center)
     seen = Camera.still(1).project(turned[:, None], 1, 1)[:, 0] - 0.5
     return np.asarray((seen @ _RAYS).max(0), np.float32)
 
@@ -260,7 +265,7 @@ def _templates() -> tuple[NDArray[np.int64], FloatArray]:
             radius = world.RADIUS[size]
             outlines.append(_project(shape, radius, (x, radius + lift, z), float(yaw)))
             kinds.append(kind)
-    return np.array(kinds), _normalised(np.float32(outlines))
+    return np.array(kinds), _normalised(_f32(outlines))
 
 
 def _find_shape(track: _Track) -> Shape:
@@ -279,9 +284,9 @@ def _ground_table(shape: Shape, size: Size) -> FloatArray:
     radius, rows = world.RADIUS[size], []
     for z in np.linspace(-8, 3.5, 70):
         support = _project(shape, radius, (0.0, radius, float(z)), np.pi / 8)
-        axis = Camera.still(1).project(np.float32([[[0, radius, z]], [[1, radius, z]]]), 1, 1)[:, 0, 0]
+        axis = Camera.still(1).project(_f32([[[0, radius, z]], [[1, radius, z]]]), 1, 1)[:, 0, 0]
         rows.append((z, support[_DOWN] + support[_UP], support[_DOWN], axis[1] - axis[0]))
-    return np.float32(rows)
+    return _f32(rows)
 
 
 def _find_size(track: _Track, shape: Shape) -> Size:
@@ -289,7 +294,7 @@ def _find_size(track: _Track, shape: Shape) -> Size:
     whole = ~track.clipped if (~track.clipped).sum() >= 2 else np.ones(len(track.clipped), np.bool_)
     heights = (track.supports[:, _DOWN] + track.supports[:, _UP])[whole]
     bottoms = track.supports[whole, _DOWN]
-    low = bottoms >= np.percentile(bottoms, 75)
+    low = bottoms >= np.sort(bottoms)[-min(3, len(bottoms))]
     misfits = []
     for size in _SIZES:
         _, height, bottom, _ = _ground_table(shape, size).T
@@ -334,7 +339,7 @@ def _slope(times: FloatArray, values: FloatArray) -> float:
 
 
 def _turning(pixels: FloatArray, mask: BoolArray) -> float:
-    """How much a standing object's shading changes within half a second: about 0 at rest, 1 and more for a turning cube."""
+    """How much a standing object's shading changes in half a second: about 0 at rest, 1 and more when a cube turns."""
     apart = min(world.FPS // 2, len(pixels) - 1)
     both = mask[apart:] & mask[:-apart]
     if not both.any():
