@@ -28,11 +28,15 @@ class _Strict(BaseModel):
 class AutoscalingConfig(_Strict):
     """How many replicas a stage has. Handed to Ray Serve, which would accept a misspelt key in silence."""
 
-    min_replicas: PositiveInt = Field(1, description="Replicas that are always there.")
-    max_replicas: PositiveInt = Field(1, description="Replicas there may be at most.")
-    target_ongoing_requests: PositiveFloat = Field(4.0, description="Requests a replica should have in hand.")
-    upscale_delay_seconds: NonNegativeFloat = Field(2.0, description="How long the load must last to add a replica.")
-    downscale_delay_seconds: NonNegativeFloat = Field(300.0, description="How long a replica is kept without load.")
+    min_replicas: PositiveInt = Field(default=1, description="Replicas that are always there.")
+    max_replicas: PositiveInt = Field(default=1, description="Replicas there may be at most.")
+    target_ongoing_requests: PositiveFloat = Field(default=4.0, description="Requests a replica should have in hand.")
+    upscale_delay_seconds: NonNegativeFloat = Field(
+        default=2.0, description="How long the load must last to add a replica."
+    )
+    downscale_delay_seconds: NonNegativeFloat = Field(
+        default=300.0, description="How long a replica is kept without load."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscalingConfig:
@@ -44,69 +48,84 @@ class AutoscalingConfig(_Strict):
 class StageConfig(_Strict):
     """One stage: text encoder, denoiser or decoder."""
 
-    num_cpus: NonNegativeFloat = Field(0.2, description="Cores that Ray sets aside for a replica; may be a fraction.")
-    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray gives a replica; may be a fraction.")
-    threads: PositiveInt = Field(1, description="Threads that one engine call uses on the CPU.")
-    max_ongoing_requests: PositiveInt = Field(64, description="Requests a replica has in hand before it refuses more.")
-    autoscaling: AutoscalingConfig = Field(AutoscalingConfig(), description="How many replicas there are.")
+    num_cpus: NonNegativeFloat = Field(
+        default=0.2, description="Cores that Ray sets aside for a replica; may be a fraction."
+    )
+    num_gpus: NonNegativeFloat = Field(default=0.0, description="GPUs that Ray gives a replica; may be a fraction.")
+    threads: PositiveInt = Field(default=1, description="Threads that one engine call uses on the CPU.")
+    provider: str = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider.")
+    max_ongoing_requests: PositiveInt = Field(
+        default=64, description="Requests a replica has in hand before it refuses more."
+    )
+    autoscaling: AutoscalingConfig = Field(default=AutoscalingConfig(), description="How many replicas there are.")
 
 
 class DenoiserConfig(StageConfig):
     """The denoiser, which batches rows of many videos into one engine call."""
 
-    max_rows: PositiveInt = Field(16, description="Rows in one engine call; a video with guidance takes two.")
+    max_rows: int = Field(default=8, ge=2, description="Rows in one engine call; a video with guidance takes two.")
+    max_tokens: PositiveInt = Field(default=1 << 15, description="Rows times latent tokens per row in one engine call.")
+    max_sessions: PositiveInt = Field(
+        default=64, description="Videos whose latents a replica holds; more wait their turn."
+    )
 
 
 class DecoderConfig(StageConfig):
     """The decoder, which keeps a causal cache for each video that it has in hand."""
 
-    max_sessions: PositiveInt = Field(32, description="Videos whose decoder caches a replica keeps at a time.")
+    max_sessions: PositiveInt = Field(default=16, description="Videos whose decoder caches a replica keeps at a time.")
 
 
 class RunnerConfig(_Strict):
     """Runners claim videos from the store and take them through the stages."""
 
-    num_cpus: NonNegativeFloat = Field(0.1, description="Cores that Ray sets aside for a replica.")
-    replicas: PositiveInt = Field(1, description="How many runners there are.")
-    max_videos: PositiveInt = Field(16, description="Videos one runner works on at a time.")
+    num_cpus: NonNegativeFloat = Field(default=0.1, description="Cores that Ray sets aside for a replica.")
+    replicas: PositiveInt = Field(default=1, description="How many runners there are.")
+    max_videos: PositiveInt = Field(default=16, description="Videos one runner works on at a time.")
     poll_seconds: PositiveFloat = Field(
-        0.5, description="How often a runner looks for queued videos when nobody has told it of one."
+        default=0.5, description="How often a runner looks for queued videos when nobody has told it of one."
     )
-    max_attempts: PositiveInt = Field(3, description="Tries at a video before it fails for good.")
+    max_attempts: PositiveInt = Field(default=3, description="Tries at a video before it fails for good.")
 
 
 class ApiConfig(_Strict):
     """The HTTP front: any replica answers any request."""
 
-    num_cpus: NonNegativeFloat = Field(0.1, description="Cores that Ray sets aside for a replica.")
-    replicas: PositiveInt = Field(1, description="How many there are.")
-    max_ongoing_requests: PositiveInt = Field(512, description="Open requests a replica has at most; a viewer is one.")
-    max_body_bytes: PositiveInt = Field(1 << 20, description="The longest request body that is read.")
+    num_cpus: NonNegativeFloat = Field(default=0.1, description="Cores that Ray sets aside for a replica.")
+    replicas: PositiveInt = Field(default=1, description="How many there are.")
+    max_ongoing_requests: PositiveInt = Field(
+        default=512, description="Open requests a replica has at most; a viewer is one."
+    )
+    max_body_bytes: PositiveInt = Field(default=1 << 20, description="The longest request body that is read.")
 
 
 class ServiceConfig(_Strict):
     """Everything about a running service."""
 
     models: dict[str, Path] = Field(
-        {"mini": MINI_BUNDLE}, min_length=1, description="Model name to its bundle's directory; the first is the default."
+        default={"mini": MINI_BUNDLE},
+        min_length=1,
+        description="Model name to its bundle's directory; the first is the default.",
     )
-    data_dir: Path = Field(Path("rushes-data"), description="Where the store and the finished videos live.")
+    data_dir: Path = Field(default=Path("rushes-data"), description="Where the store and the finished videos live.")
     store_url: str | None = Field(
-        None, description="SQLAlchemy URL of the video store; SQLite in `data_dir` when it is left out."
+        default=None, description="SQLAlchemy URL of the video store; SQLite in `data_dir` when it is left out."
     )
-    host: str = Field("127.0.0.1", description="Address that `rushes serve` listens on.")
-    port: int = Field(8000, ge=1, le=65535, description="Port that `rushes serve` listens on.")
-    text_encoder: StageConfig = Field(StageConfig(num_cpus=0.1), description="The text encoder stage.")
-    denoiser: DenoiserConfig = Field(DenoiserConfig(num_cpus=0.5), description="The denoiser stage.")
-    decoder: DecoderConfig = Field(DecoderConfig(num_cpus=0.3), description="The decoder stage.")
-    runner: RunnerConfig = Field(RunnerConfig(), description="The runners.")
-    api: ApiConfig = Field(ApiConfig(), description="The HTTP front.")
+    host: str = Field(default="127.0.0.1", description="Address that `rushes serve` listens on.")
+    port: int = Field(default=8000, ge=1, le=65535, description="Port that `rushes serve` listens on.")
+    text_encoder: StageConfig = Field(default=StageConfig(num_cpus=0.1), description="The text encoder stage.")
+    denoiser: DenoiserConfig = Field(default=DenoiserConfig(num_cpus=0.5), description="The denoiser stage.")
+    decoder: DecoderConfig = Field(default=DecoderConfig(num_cpus=0.3), description="The decoder stage.")
+    runner: RunnerConfig = Field(default=RunnerConfig(), description="The runners.")
+    api: ApiConfig = Field(default=ApiConfig(), description="The HTTP front.")
     lease_seconds: PositiveFloat = Field(
-        30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
+        default=30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
     )
-    retention_days: PositiveFloat = Field(30.0, description="How long a finished video is kept, as `expires_at` says.")
+    retention_days: PositiveFloat = Field(
+        default=30.0, description="How long a finished video is kept, as `expires_at` says."
+    )
     graceful_shutdown_seconds: PositiveFloat = Field(
-        _LONGEST_VIDEO_SECONDS,
+        default=_LONGEST_VIDEO_SECONDS,
         description="How long a replica that must go may still work; longer than the longest video takes.",
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
 
-from models.bundle import Manifest
+from models.bundle import Bundle
 from serving.api.body import BodyLimit
 from serving.api.errors import install_error_handlers
 from serving.api.models import Catalog, models_router
@@ -20,7 +19,7 @@ from serving.jobs.store import VideoStore
 def create_api(
     store: VideoStore,
     videos_dir: Path,
-    manifests: Mapping[str, Manifest],
+    bundles: Mapping[str, Bundle],
     wake: Callable[[], Awaitable[None]],
     *,
     max_body_bytes: int = 1 << 20,
@@ -29,7 +28,7 @@ def create_api(
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     install_error_handlers(app)
-    catalog = Catalog(manifests, created=int(time.time()))
+    catalog = Catalog(bundles)
     app.include_router(videos_router(store, videos_dir, catalog, wake))
     app.include_router(models_router(catalog))
 

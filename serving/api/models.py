@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter
 
-from models.bundle import Manifest
+from models.bundle import MANIFEST, Bundle, Manifest
 from serving.api.errors import ApiError
 from serving.api.schemas import ModelList, ModelObject, model_object
 
@@ -16,30 +16,33 @@ from serving.api.schemas import ModelList, ModelObject, model_object
 class Catalog:
     """The served models by name; the first is what a request without `model` gets."""
 
-    manifests: Mapping[str, Manifest]
-    created: int
+    bundles: Mapping[str, Bundle]
 
     def resolve(self, name: str | None) -> tuple[str, Manifest]:
         """A request's `model`. Raises `ApiError` (404) for one that isn't served."""
         if name is None:
-            name = next(iter(self.manifests))
-        if name not in self.manifests:
-            served = ", ".join(self.manifests)
+            name = next(iter(self.bundles))
+        if name not in self.bundles:
+            served = ", ".join(self.bundles)
             message = f"There is no model {name[:64]!r}; there is: {served}."
             raise ApiError(404, message, param="model", code="model_not_found")
-        return name, self.manifests[name]
+        return name, self.bundles[name].manifest
 
 
 def models_router(catalog: Catalog) -> APIRouter:
     router = APIRouter(prefix="/v1/models", tags=["models"])
 
+    def described(name: str) -> ModelObject:
+        bundle = catalog.bundles[name]
+        return model_object(name, bundle.manifest, created=int((bundle.root / MANIFEST).stat().st_mtime))
+
     @router.get("")
     async def list_models() -> ModelList:
-        return ModelList(data=[model_object(name, m, catalog.created) for name, m in catalog.manifests.items()])
+        return ModelList(data=[described(name) for name in catalog.bundles])
 
     @router.get("/{model}")
     async def retrieve_model(model: str) -> ModelObject:
-        name, manifest = catalog.resolve(model)
-        return model_object(name, manifest, catalog.created)
+        name, _ = catalog.resolve(model)
+        return described(name)
 
     return router

@@ -27,18 +27,22 @@ class CreateVideoRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str = Field(description="What to show.")
-    model: str | None = Field(None, description="A model's name, as `GET /v1/models` lists it.")
+    model: str | None = Field(default=None, description="A model's name, as `GET /v1/models` lists it.")
     seconds: Annotated[int, BeforeValidator(_whole_number, json_schema_input_type=str | int)] | None = Field(
-        None, description="Whole seconds, as a string or a number."
+        default=None, description="Whole seconds, as a string or a number."
     )
-    size: str | None = Field(None, description="`WIDTHxHEIGHT` in pixels.")
-    seed: int | None = Field(None, description="The same seed gives the same video; random when it is left out.")
-    negative_prompt: str | None = Field(None, description="What not to show.")
-    num_inference_steps: int | None = Field(None, description="Denoising steps.")
+    size: str | None = Field(default=None, description="`WIDTHxHEIGHT` in pixels.")
+    seed: int | None = Field(
+        default=None, description="The same seed gives the same video; random when it is left out."
+    )
+    negative_prompt: str | None = Field(default=None, description="What not to show.")
+    num_inference_steps: int | None = Field(default=None, description="Denoising steps.")
     guidance_scale: float | None = Field(
-        None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
+        default=None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
     )
-    stream: bool = Field(False, description="Answer with the video itself, as fragmented MP4, while it is made.")
+    stream: bool = Field(
+        default=False, description="Answer with the video itself, as fragmented MP4, while it is made."
+    )
 
 
 def parse_create(values: Any, *, form: bool) -> CreateVideoRequest:

@@ -15,6 +15,7 @@ from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import CreateVideoRequest, VideoObject, parse_create, video_object
 from serving.api.streams import follow_video
+from serving.jobs.artifacts import finished_path
 from serving.jobs.store import Video, VideoStatus, VideoStore, new_video_id
 from serving.jobs.video import is_video_id
 from serving.pipeline.request import InvalidRequest, make_spec
@@ -73,6 +74,27 @@ def videos_router(
     return router
 
 
-def finished_path(videos_dir: Path, video_id: str) -> Path:
-    """Where a completed video's MP4 lies, beside its fragment log."""
-    return videos_dir / video_id / "video.mp4"
+def _new_video(body: CreateVideoRequest, catalog: Catalog) -> Video:
+    """Raises `ApiError`, which names the parameter; nothing is written before everything is checked."""
+    model, manifest = catalog.resolve(body.model)
+    try:
+        spec = make_spec(
+            manifest,
+            body.prompt,
+            seconds=body.seconds,
+            size=body.size,
+            seed=body.seed,
+            negative_prompt=body.negative_prompt,
+            num_inference_steps=body.num_inference_steps,
+            guidance_scale=body.guidance_scale,
+        )
+    except InvalidRequest as error:
+        raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None
+    return Video(
+        id=new_video_id(),
+        model=model,
+        prompt=spec.prompt,
+        seconds=str((spec.frames - 1) // manifest.fps),
+        size=f"{spec.width}x{spec.height}",
+        request=asdict(spec),
+    )

@@ -1,0 +1,48 @@
+"""The HTTP front behind Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+
+from models.bundle import Bundle
+from serving.api.app import create_api
+from serving.config import ServiceConfig
+from serving.jobs.store import SqlVideoStore
+
+_log = logging.getLogger(__name__)
+
+
+class ApiDeployment:
+    """One replica of the API. It keeps nothing: any replica answers any request."""
+
+    def __init__(self, config: ServiceConfig, runner: Any) -> None:
+        self._config = config
+        self._runner = runner
+        self._wakes: set[asyncio.Task[None]] = set()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        config = self._config
+        config.videos_dir.mkdir(parents=True, exist_ok=True)
+        return create_api(
+            SqlVideoStore(config.resolved_store_url, max_attempts=config.runner.max_attempts),
+            config.videos_dir,
+            {name: Bundle.load(path) for name, path in config.models.items()},
+            self._wake,
+            max_body_bytes=config.api.max_body_bytes,
+        )
+
+    async def _wake(self) -> None:
+        """Tell a runner, without making the client wait for it: runners look by themselves too, only later."""
+        task = asyncio.create_task(self._tell())
+        self._wakes.add(task)
+        task.add_done_callback(self._wakes.discard)
+
+    async def _tell(self) -> None:
+        try:
+            await self._runner.wake.remote()
+        except Exception:
+            _log.warning("no runner could be told of a new video", exc_info=True)

@@ -1,0 +1,94 @@
+"""`build_app`: the only place where the deployments are decorated and bound to each other.
+
+`rushes serve` and `serve run serving/deployments/rushes.yaml` both end up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from serving.config import ServiceConfig, StageConfig, parse_config
+from serving.deployments.api import ApiDeployment
+from serving.deployments.decoder import DecoderDeployment
+from serving.deployments.denoiser import DenoiserDeployment
+from serving.deployments.remote import StageHandles
+from serving.deployments.runner import RunnerDeployment
+from serving.deployments.text_encoder import TextEncoderDeployment
+
+# Equal session ids go to one replica. A busy replica is waited for: elsewhere there is no causal cache.
+_STICKY = RequestRouterConfig(
+    request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
+    request_router_kwargs={"num_fallback_replicas": 0},
+)
+# Ray's default of 20 tries at a constructor takes minutes to say that a bundle is broken.
+_CONSTRUCTOR_TRIES = 2
+_SHUTDOWN_LOOK_SECONDS = 0.2
+
+
+def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Application:
+    """The service as one Ray Serve application. Raises `ConfigError`, which names what is wrong in `config`."""
+    if not isinstance(config, ServiceConfig):
+        config = parse_config(config or {})
+    config = config.resolved()
+    stages = {name: _stages(name, bundle, config) for name, bundle in config.models.items()}
+    runner = _deployment(
+        RunnerDeployment,
+        "runner",
+        config,
+        num_replicas=config.runner.replicas,
+        # `wake` answers at once; `drain` may wait for long.
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": config.runner.num_cpus},
+    ).bind(config, stages)
+    return _deployment(
+        serve.ingress()(ApiDeployment),
+        "api",
+        config,
+        num_replicas=config.api.replicas,
+        max_ongoing_requests=config.api.max_ongoing_requests,
+        ray_actor_options={"num_cpus": config.api.num_cpus},
+    ).bind(config, runner)
+
+
+def _stages(model: str, bundle: Path, config: ServiceConfig) -> StageHandles:
+    def stage(cls: type, name: str, settings: StageConfig, **options: Any) -> Any:
+        scaling = settings.autoscaling
+        return _deployment(
+            cls,
+            f"{model}-{name}",
+            config,
+            max_ongoing_requests=settings.max_ongoing_requests,
+            autoscaling_config={
+                "min_replicas": scaling.min_replicas,
+                "max_replicas": scaling.max_replicas,
+                "target_ongoing_requests": scaling.target_ongoing_requests,
+                "upscale_delay_s": scaling.upscale_delay_seconds,
+                "downscale_delay_s": scaling.downscale_delay_seconds,
+            },
+            ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+            **options,
+        ).bind(bundle, settings)
+
+    return StageHandles(
+        text_encoder=stage(TextEncoderDeployment, "text-encoder", config.text_encoder),
+        denoiser=stage(DenoiserDeployment, "denoiser", config.denoiser),
+        decoder=stage(DecoderDeployment, "decoder", config.decoder, request_router_config=_STICKY),
+    )
+
+
+def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> Any:
+    return serve.deployment(
+        cls,
+        name=name,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_seconds,
+        graceful_shutdown_wait_loop_s=_SHUTDOWN_LOOK_SECONDS,
+        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        **options,
+    )

@@ -1,0 +1,161 @@
+"""One attempt at one video: the stages make it, the fragment log shows it, the store knows how it stands. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.jobs.artifacts import finished_path
+from serving.jobs.fragment_log import FragmentLog, LogWriter
+from serving.jobs.store import StaleFence, Video, VideoStore
+from serving.media.fmp4 import remux_to_mp4
+from serving.pipeline.generation import generate
+from serving.pipeline.stages import Decoder, Denoiser, Fragment, StepDone, TextEncoder, VideoSpec
+
+_log = logging.getLogger(__name__)
+
+# How often progress is written, and so how soon a running video hears that it was cancelled.
+_REPORT_SECONDS = 0.5
+# What of `progress` the steps make up; the decoded frames make up the rest.
+_STEPS_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What makes the videos of one model."""
+
+    text_encoder: TextEncoder
+    denoiser: Denoiser
+    decoder: Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSettings:
+    """`videos_dir` holds a directory a video; times are in seconds."""
+
+    videos_dir: Path
+    lease_seconds: float
+    retention_seconds: float
+    max_attempts: int
+
+
+class Attempt:
+    """Drives a claimed video to its end, unless its fence goes stale or the runner must go."""
+
+    def __init__(self, video: Video, stages: Stages, store: VideoStore, settings: AttemptSettings) -> None:
+        self._video, self._stages, self._store, self._settings = video, stages, store, settings
+        self._spec = VideoSpec(**video.request)
+        self._steps_done = 0.0
+        self._frames_done = 0
+        self._cancel_requested = False
+        self._stale = False
+
+    async def run(self) -> None:
+        """Returns when the video has ended, is queued for another try, or belongs to another attempt.
+
+        When this is cancelled the video goes back to the queue, and the try doesn't count.
+        """
+        making = asyncio.create_task(self._make())
+        reporting = asyncio.create_task(self._report(making))
+        try:
+            await asyncio.wait({making})
+        except asyncio.CancelledError:
+            await _stop(making)
+            with suppress(StaleFence):
+                await self._store.requeue(self._video.id, self._video.fence, count_attempt=False)
+            raise
+        finally:
+            await _stop(reporting)
+        if not self._stale:
+            with suppress(StaleFence):
+                await self._settle(making)
+
+    async def _make(self) -> None:
+        video = self._video
+        writer = await FragmentLog.create(self._settings.videos_dir, video.id, fence=video.fence)
+
+        async def append(fragment: Fragment) -> None:
+            await writer.append(fragment.index, fragment.first_frame, fragment.frames, fragment.init, fragment.data)
+            self._frames_done = fragment.first_frame + fragment.frames
+
+        await generate(
+            video.id,
+            self._spec,
+            text_encoder=self._stages.text_encoder,
+            denoiser=self._stages.denoiser,
+            decoder=self._stages.decoder,
+            sink=append,
+            on_progress=self._on_step,
+        )
+        await writer.close()
+        await asyncio.to_thread(self._finish, writer.log)
+
+    def _finish(self, log: FragmentLog) -> None:
+        remux_to_mp4(log.init(), log.fragments(), finished_path(self._settings.videos_dir, log.video_id))
+
+    async def _settle(self, making: asyncio.Task[None]) -> None:
+        """Write down how it went."""
+        video, store = self._video, self._store
+        error = None if making.cancelled() else making.exception()
+        if isinstance(error, StaleFence):
+            return
+        if not making.cancelled() and error is None:
+            await store.complete(video.id, video.fence, expires_at=time.time() + self._settings.retention_seconds)
+        elif self._cancel_requested:
+            await self._fail("cancelled", "The video was cancelled.")
+        else:
+            _log.error("%s: attempt %d failed", video.id, video.attempt, exc_info=error)
+            if video.attempt < self._settings.max_attempts:
+                await store.requeue(video.id, video.fence)
+            else:
+                # Ray wraps a replica's error in its whole remote traceback: the last line says what it was.
+                said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                await self._fail("generation_failed", said[:500])
+
+    async def _fail(self, code: str, message: str) -> None:
+        await self._store.fail(self._video.id, self._video.fence, code, message)
+        writer: LogWriter = await FragmentLog.create(self._settings.videos_dir, self._video.id, fence=self._video.fence)
+        await writer.fail(code, message)
+
+    def _on_step(self, done: StepDone) -> None:
+        self._steps_done = done.step / done.steps
+
+    def _progress(self) -> int:
+        """Whole per cent; 100 is kept for the video that can be downloaded."""
+        part = _STEPS_SHARE * self._steps_done + (1 - _STEPS_SHARE) * self._frames_done / self._spec.frames
+        return min(99, int(100 * part))
+
+    async def _report(self, making: asyncio.Task[None]) -> None:
+        """Write progress as it changes and keep the lease; stop the making when either says so."""
+        video, settings = self._video, self._settings
+        written = -1
+        leased_at = time.monotonic()
+        while True:
+            await asyncio.sleep(min(_REPORT_SECONDS, settings.lease_seconds / 6))
+            news = video
+            try:
+                if time.monotonic() - leased_at > settings.lease_seconds / 3:
+                    news = await self._store.heartbeat(video.id, video.fence, settings.lease_seconds)
+                    leased_at = time.monotonic()
+                if self._progress() != written:
+                    written = self._progress()
+                    news = await self._store.set_progress(video.id, video.fence, written)
+            except StaleFence:
+                self._stale = True
+                making.cancel()
+                return
+            except Exception:  # a store that is away for a moment; the lease says how long that may last
+                _log.warning("%s: the store could not be written", video.id, exc_info=True)
+            if news.cancel_requested:
+                self._cancel_requested = True
+                making.cancel()
+                return
+
+
+async def _stop(task: asyncio.Task[object]) -> None:
+    task.cancel()
+    await asyncio.wait({task})

@@ -1,0 +1,154 @@
+"""The runner: claims queued videos and takes each through the stages, several at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+
+from serving.config import ServiceConfig
+from serving.deployments.attempt import Attempt, AttemptSettings, Stages
+from serving.deployments.remote import StageHandles, remote_stages
+from serving.jobs.store import SqlVideoStore, Video, VideoStore
+
+_log = logging.getLogger(__name__)
+
+
+class Runner:
+    """Works on up to `max_videos` videos of `stages`' models at a time. Start it with `run`, end it with `drain`."""
+
+    def __init__(
+        self,
+        store: VideoStore,
+        stages: Mapping[str, Stages],
+        settings: AttemptSettings,
+        *,
+        max_videos: int,
+        poll_seconds: float,
+    ) -> None:
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._store, self._stages, self._settings = store, stages, settings
+        self._poll_seconds = poll_seconds
+        self._places = asyncio.Semaphore(max_videos)
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()
+        self._draining = False
+
+    @property
+    def running(self) -> int:
+        """Videos in hand."""
+        return len(self._attempts)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def wake(self) -> None:
+        """There may be something in the queue."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Claim and work until `drain`. When this is cancelled, what is in hand goes back to the queue."""
+        try:
+            while not self._draining:
+                await self._places.acquire()
+                video = None if self._draining else await self._claim()
+                if video is None:
+                    self._places.release()
+                    await self._wait_for_news()
+                else:
+                    self._start(video)
+            await self._rest()
+        finally:
+            for attempt in self._attempts:
+                attempt.cancel()
+            await self._rest()
+
+    async def drain(self) -> None:
+        """Take nothing new, and return when what is in hand has ended."""
+        self._draining = True
+        self._news.set()
+        await self._rest()
+
+    async def _rest(self) -> None:
+        while self._attempts:
+            await asyncio.wait(set(self._attempts))
+
+    async def _claim(self) -> Video | None:
+        self._news.clear()
+        try:
+            return await self._store.claim(self.id, self._settings.lease_seconds)
+        except Exception:  # the store is away for a moment: look again after a pause
+            _log.warning("no claim could be made", exc_info=True)
+            return None
+
+    async def _wait_for_news(self) -> None:
+        try:
+            async with asyncio.timeout(self._poll_seconds):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+
+    def _start(self, video: Video) -> None:
+        attempt = asyncio.create_task(self._attempt(video))
+        self._attempts.add(attempt)
+        attempt.add_done_callback(self._ended)
+
+    async def _attempt(self, video: Video) -> None:
+        try:
+            stages = self._stages.get(video.model)
+            if stages is None:
+                await self._store.fail(
+                    video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
+                )
+                return
+            await Attempt(video, stages, self._store, self._settings).run()
+        except Exception:  # the lease runs out, and then it is tried again
+            _log.exception("%s: the attempt broke off", video.id)
+
+    def _ended(self, attempt: asyncio.Task[None]) -> None:
+        self._attempts.discard(attempt)
+        self._places.release()
+
+
+class RunnerDeployment:
+    """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
+
+    def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
+        config.videos_dir.mkdir(parents=True, exist_ok=True)
+        self._runner = Runner(
+            SqlVideoStore(config.resolved_store_url, max_attempts=config.runner.max_attempts),
+            {name: remote_stages(of_model) for name, of_model in handles.items()},
+            AttemptSettings(
+                videos_dir=config.videos_dir,
+                lease_seconds=config.lease_seconds,
+                retention_seconds=config.retention_days * 86400,
+                max_attempts=config.runner.max_attempts,
+            ),
+            max_videos=config.runner.max_videos,
+            poll_seconds=config.runner.poll_seconds,
+        )
+        self._running = asyncio.get_running_loop().create_task(self._runner.run())
+
+    async def wake(self) -> None:
+        """There is a new video in the store."""
+        self._runner.wake()
+
+    async def running(self) -> int:
+        """Videos in hand."""
+        return self._runner.running
+
+    async def drain(self) -> None:
+        """Take nothing new, and return when what is in hand has ended. What is queued stays in the store."""
+        await self._runner.drain()
+
+    async def check_health(self) -> None:
+        if self._running.done() and not self._runner.draining:
+            raise RuntimeError("the runner has stopped") from self._running.exception()
+
+    async def __del__(self) -> None:
+        # Ray Serve calls and awaits this when the replica must go, for as long as `graceful_shutdown_seconds`.
+        await self._runner.drain()
