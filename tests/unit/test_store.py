@@ -258,7 +258,7 @@ def _open_together(directory: Path, together: Any, results: Any, rounds: int) ->
 
 async def _in_processes(count: int, target: Callable[..., None], directory: Path, rounds: int) -> list[Any]:
     """What `count` processes that run `target` at once put into their results, one after another."""
-    together, results = SPAWN.Barrier(count, timeout=60), SPAWN.Queue()
+    together, results = SPAWN.Barrier(count, timeout=20), SPAWN.Queue()
     running = [SPAWN.Process(target=target, args=(directory, together, results, rounds)) for _ in range(count)]
     for process in running:
         process.start()
@@ -282,7 +282,7 @@ async def test_processes_that_claim_at_once_never_get_the_same_video(tmp_path: P
 
 
 async def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
-    assert await _in_processes(4, _open_together, tmp_path, rounds=10) == [10] * 4
+    assert await _in_processes(4, _open_together, tmp_path, rounds=40) == [40] * 4
 
 
 async def test_tasks_of_one_process_that_claim_at_once_never_get_the_same_video(store: SqlVideoStore) -> None:
