@@ -22,6 +22,8 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
+from models.mini.muon import Muon, split
+
 
 @dataclass
 class Run:
@@ -100,7 +102,7 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 50) -> 
 def train(run: Run, modules: dict[str, nn.Module], step_fn: Step, report: Callable[[int], dict[str, float]]) -> None:
     """Train until `run.minutes` of this stage are used up, over all resumptions; saves the averaged weights."""
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = Muon(*split(modules.values()), lr=run.learning_rate)
     average = Average(parameters)
     step, used = 0, 0.0
     if run.state_path.exists():
