@@ -1,0 +1,198 @@
+"""The `rushes` command. Everything heavy is imported by the command that needs it, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serving.config import MINI_BUNDLE, ConfigError, ServiceConfig, load_config, parse_config
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    help="Text goes in, video comes out while the rest of it is still being made.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Progress and errors go to stderr: what stdout has is the answer, such as a path.
+_console = Console(stderr=True, highlight=False)
+
+Bundle = Annotated[Path, typer.Option(help="The bundle to serve; the bundled model when left out.", show_default=False)]
+Prompt = Annotated[str, typer.Argument(help="What to show.")]
+Seconds = Annotated[int | None, typer.Option(help="Length in whole seconds; the model's default when left out.")]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's default when left out.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same video; random when left out.")]
+
+
+class Sampler(StrEnum):
+    euler = "euler"
+    unipc = "unipc"
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    """Turn what a user can run into a line on stderr and an exit code; anything else is a bug and stays a traceback."""
+    from models.bundle import BundleError
+    from serving.engines.engine import EngineError
+    from serving.pipeline.request import InvalidRequest
+
+    try:
+        yield
+    except (InvalidRequest, BundleError, ConfigError) as error:
+        _fail(str(error), BAD_INPUT)
+    except (EngineError, OSError) as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    _console.print(f"[red]rushes:[/] {_plain(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _output_file(path: Path) -> None:
+    """Before minutes of work, not after."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"there is no directory {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{path.absolute().parent} can't be written to")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rushes {distribution_version('rushes')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("video.mp4"),
+    seconds: Seconds = None,
+    size: Size = None,
+    seed: Seed = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
+    negative: Annotated[str, typer.Option(help="What not to show.")] = "",
+    sampler: Annotated[Sampler | None, typer.Option(help="The sampler; the model's own when left out.")] = None,
+    bundle: Bundle = MINI_BUNDLE,
+) -> None:
+    """Make one video in this process, without a service."""
+    import asyncio
+    from dataclasses import replace
+
+    from models.bundle import Bundle as LoadedBundle
+    from serving.oneshot import generate_file
+    from serving.pipeline.request import make_spec
+
+    with _said_in_one_line():
+        _output_file(output)
+        loaded = LoadedBundle.load(bundle)
+        spec = make_spec(
+            loaded.manifest,
+            prompt,
+            seconds=seconds,
+            size=size,
+            seed=seed,
+            negative_prompt=negative,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        )
+        if sampler is not None:
+            spec = replace(spec, sampler=sampler.value)
+        asyncio.run(generate_file(loaded, spec, output, _console))
+        _console.print(f"seed {spec.seed}")
+        print(output)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="A YAML file; see serving/config.py for its keys.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
+) -> None:
+    """Run the service on this machine until Ctrl-C, which waits for the videos in hand."""
+    from serving.foreground import serve_until_interrupted
+
+    with _said_in_one_line():
+        settings = load_config(config) if config else ServiceConfig()
+        given = {"host": host, "port": port, "data_dir": data_dir}
+        values = settings.model_dump() | {key: value for key, value in given.items() if value is not None}
+        if bundle is not None:
+            values["models"] = _alone(bundle)
+        serve_until_interrupted(parse_config(values, "options"), _console)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("demo.mp4"),
+    prompt: Annotated[str, typer.Option(help="What to show.")] = "a red ball bouncing on a sand floor at sunset",
+    seconds: Seconds = 4,
+    seed: Seed = 1,
+    bundle: Bundle = MINI_BUNDLE,
+) -> None:
+    """Start the service, watch it make one video chunk by chunk, save the video, and stop the service."""
+    from serving.foreground import run_demo
+
+    with _said_in_one_line():
+        _output_file(output)
+        run_demo(_alone(bundle), {"prompt": prompt, "seconds": seconds, "seed": seed}, output, _console)
+        print(output)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint, in WanPipeline's layout.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's directory, which must not exist.")],
+) -> None:
+    """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it."""
+    try:
+        from export.checkpoint import export_checkpoint
+    except ImportError as error:
+        _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
+    with _said_in_one_line():
+        with _console.status("exporting") as status:
+            export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)))
+        print(output)
+
+
+def _alone(bundle: Path) -> dict[str, Path]:
+    """One bundle as a service's `models`, under its own name."""
+    from models.bundle import Bundle as LoadedBundle
+
+    return {LoadedBundle.load(bundle).manifest.name: bundle}
+
+
+if __name__ == "__main__":
+    main()

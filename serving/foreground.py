@@ -1,0 +1,140 @@
+"""What `rushes serve` and `rushes demo` do: the service on this machine, as long as a terminal wants it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from serving.config import ServiceConfig
+from serving.deployments.local import LocalService, free_port, local_service
+
+_TRY_IT = """\
+[bold]{url}[/]  serves {models}; videos are kept in {data_dir}
+
+  curl -N {url}/v1/videos -H 'Content-Type: application/json' \\\\
+    -d '{body}' > ball.mp4
+
+Ctrl-C stops it."""
+
+
+def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
+    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one stops at once."""
+    with ExitStack() as running:
+        with console.status("starting"):
+            service = running.enter_context(local_service(config))
+        body = json.dumps({"prompt": "a red ball bouncing on a sand floor at sunset", "stream": True})
+        models = ", ".join(config.models)
+        console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
+        with _Signals() as signals:
+            signals.wait()
+            _drain(service, signals, console)
+
+
+def run_demo(models: Mapping[str, Path], request: Mapping[str, Any], output: Path, console: Console) -> None:
+    """Ask a service of its own for one video, show each chunk when it comes, and save the finished file."""
+    started = time.monotonic()
+    with ExitStack() as running:
+        data_dir = running.enter_context(tempfile.TemporaryDirectory(prefix="rushes-demo-"))
+        with console.status("starting the service"):
+            config = ServiceConfig(models=dict(models), data_dir=Path(data_dir), port=free_port())
+            service = running.enter_context(local_service(config))
+        console.print(f"service up after {time.monotonic() - started:.1f} s; asking for {request['prompt']!r}")
+        with httpx.Client(base_url=service.url, timeout=None) as client:
+            data = _finished(client, _watch(client, request, console))
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _watch(client: httpx.Client, request: Mapping[str, Any], console: Console) -> str:
+    asked = time.monotonic()
+    with client.stream("POST", "/v1/videos", json={**request, "stream": True}) as response:
+        if response.is_error:
+            response.read()
+            raise OSError(response.json()["error"]["message"])
+        video_id = response.headers["X-Video-Id"]
+        chunk = 0
+        for kind, size in _boxes(response.iter_bytes()):
+            if kind == b"mdat":
+                chunk += 1
+                made = client.get(f"/v1/videos/{video_id}").json()["progress"]
+                console.print(
+                    f"chunk {chunk:2} after {time.monotonic() - asked:5.2f} s  {size / 1000:6.1f} kB"
+                    f"  (video {made} % made)"
+                )
+    return video_id
+
+
+def _finished(client: httpx.Client, video_id: str) -> bytes:
+    """The MP4, which is there a moment after the last chunk."""
+    while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
+        time.sleep(0.05)
+    if video["status"] == "failed":
+        raise OSError(video["error"]["message"])
+    return client.get(f"/v1/videos/{video_id}/content").raise_for_status().content
+
+
+def _boxes(parts: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Type and size in bytes of each top-level box (ISO/IEC 14496-12, 4.2), as soon as all of it has come."""
+    pending = b""
+    for part in parts:
+        pending += part
+        while len(pending) >= 8:
+            size, kind = struct.unpack_from(">I4s", pending)
+            if len(pending) < size:
+                break
+            yield kind, size
+            pending = pending[size:]
+
+
+def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
+    if count := service.running():
+        console.print(
+            f"finishing {count} video{'s' if count > 1 else ''}; Ctrl-C again to leave them for the next start"
+        )
+    drained = threading.Thread(target=service.drain, daemon=True)
+    drained.start()
+    while drained.is_alive() and not signals.again():
+        drained.join(0.1)
+
+
+class _Signals:
+    """SIGINT and SIGTERM as something to wait for, in the main thread."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._came)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+
+    def wait(self) -> None:
+        while not self._count:
+            time.sleep(0.1)
+
+    def again(self) -> bool:
+        return self._count > 1
