@@ -121,11 +121,11 @@ def test_nothing_names_a_library_version(encoded: list[EncodedFragment]) -> None
 
 
 def test_one_key_frame_a_fragment_even_when_every_frame_is_a_cut() -> None:
-    noise = np.random.default_rng(2).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
-    fragments = [encode_fragment(noise[k : k + 12], fps=FPS, index=k // 12, first_frame=k) for k in (0, 12)]
+    noise = np.random.default_rng(2).integers(0, 256, (48, 64, 64, 3), dtype=np.uint8)
+    fragments = [encode_fragment(noise[k : k + 24], fps=FPS, index=k // 24, first_frame=k) for k in (0, 24)]
     with av.open(io.BytesIO(fragments[0].init + fragments[0].data + fragments[1].data)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.dts is not None]
-    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 12]
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 24]
     assert all(packet.pts == packet.dts for packet in packets)
 
 
