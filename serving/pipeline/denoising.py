@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, Manifest
 from models.samplers import SamplerTable, advance, build_table
-from serving.engines.engine import Engine
+from serving.engines.engine import Engine, EngineError
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler
@@ -52,7 +52,7 @@ class EngineDenoiser:
         self._manifest = manifest
         self._scheduler = StepScheduler(limits or Limits())
         self._places = asyncio.Semaphore(max_sessions)
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[Hashable, _Session] = {}
         self._opened = 0
         self._work = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -98,10 +98,11 @@ class EngineDenoiser:
                 self._sessions.pop(id, None)
 
     async def stop(self) -> None:
-        """Stop the loop and wait for the call that is running. Videos still open get no more events."""
+        """Stop the loop and wait for the call that is running. Videos that are still open raise `EngineError`."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
+        self._fail(list(self._sessions.values()), EngineError("the denoiser was stopped"))
         await asyncio.to_thread(self._thread.shutdown)
 
     def _open(self, request: DenoiseRequest) -> tuple[int, _Session]:
@@ -148,7 +149,7 @@ class EngineDenoiser:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = [self._sessions[id] for id in self._scheduler.next_step()]  # type: ignore[index]
+            batch = [self._sessions[id] for id in self._scheduler.next_step()]
             if not batch:
                 self._work.clear()
                 await self._work.wait()
