@@ -1,0 +1,202 @@
+"""The service as its users meet it: Ray Serve, HTTP, the openai SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import openai
+import pytest
+
+from models.bundle import Bundle
+from serving.jobs.fragment_log import FragmentLog
+from serving.jobs.store import VideoStatus
+from serving.media.fmp4 import remux_to_mp4
+from serving.pipeline.local import LocalPipeline
+from serving.pipeline.request import make_spec
+from serving.pipeline.stages import Fragment
+from tests.e2e.conftest import RunningService
+
+ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 4}
+OTHERS: list[dict[str, Any]] = [
+    {"prompt": "a blue cube spinning", "seconds": 2, "seed": 1, "num_inference_steps": 6},
+    {"prompt": "a green cone", "seconds": 1, "seed": 2, "num_inference_steps": 3, "guidance_scale": 1},
+    {"prompt": "a white cylinder", "seconds": 1, "seed": 3, "num_inference_steps": 9, "guidance_scale": 5},
+]
+
+
+def made_alone(bundle: Bundle, asked: dict[str, Any]) -> list[Fragment]:
+    """What one process without Ray makes of a request."""
+
+    async def make() -> list[Fragment]:
+        made: list[Fragment] = []
+
+        async def sink(fragment: Fragment) -> None:
+            made.append(fragment)
+
+        settings = dict(asked)
+        async with LocalPipeline.open(bundle) as pipeline:
+            await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
+        return made
+
+    return asyncio.run(make())
+
+
+def as_stream(made: list[Fragment]) -> bytes:
+    return made[0].init + b"".join(fragment.data for fragment in made)
+
+
+def as_file(made: list[Fragment], path: Path) -> bytes:
+    remux_to_mp4(made[0].init, (fragment.data for fragment in made), path)
+    return path.read_bytes()
+
+
+def until_ended(client: httpx.Client, video_id: str) -> dict[str, Any]:
+    return until(
+        lambda: client.get(f"/v1/videos/{video_id}").json(), lambda video: video["status"] in ("completed", "failed")
+    )
+
+
+def until(look: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
+    """Bounded by the test's own time limit."""
+    while not good(seen := look()):
+        time.sleep(0.02)
+    return seen
+
+
+def streamed(client: httpx.Client, asked: dict[str, Any]) -> bytes:
+    with client.stream("POST", "/v1/videos", json={**asked, "stream": True}) as response:
+        assert response.status_code == 200
+        return response.read()
+
+
+def parts(stream: bytes) -> Iterator[bytes]:
+    """The init segment, then each moof+mdat."""
+    part, offset = b"", 0
+    while offset < len(stream):
+        size, kind = struct.unpack_from(">I4s", stream, offset)
+        part += stream[offset : offset + size]
+        offset += size
+        if kind in (b"moov", b"mdat"):
+            yield part
+            part = b""
+    assert part == b""
+
+
+def frame_count(video: bytes) -> int:
+    with av.open(io.BytesIO(video)) as opened:
+        return sum(1 for _ in opened.decode(video=0))
+
+
+def test_a_video_is_created_polled_and_downloaded(
+    running: RunningService, client: httpx.Client, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    created = client.post("/v1/videos", json=ASKED).json()
+    assert created["status"] == "queued"
+    ended = until_ended(client, created["id"])
+    assert (ended["status"], ended["progress"], ended["error"]) == ("completed", 100, None)
+    assert ended["expires_at"] > ended["completed_at"] >= ended["created_at"]
+    content = client.get(f"/v1/videos/{created['id']}/content")
+    assert content.headers["content-type"] == "video/mp4"
+    assert frame_count(content.content) == tiny_bundle.manifest.fps + 1
+    assert content.content == as_file(made_alone(tiny_bundle, ASKED), tmp_path / "alone.mp4")
+    part = client.get(f"/v1/videos/{created['id']}/content", headers={"Range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, b"ftyp")
+
+
+def test_a_stream_has_the_bytes_of_one_process_and_every_prefix_plays(
+    client: httpx.Client, tiny_bundle: Bundle
+) -> None:
+    stream = streamed(client, ASKED)
+    made = made_alone(tiny_bundle, ASKED)
+    assert stream == as_stream(made)
+    init, *fragments = parts(stream)
+    assert len(fragments) == len(made) > 1
+    for n in range(1, len(fragments) + 1):
+        assert frame_count(init + b"".join(fragments[:n])) == sum(fragment.frames for fragment in made[:n])
+
+
+def test_the_first_fragment_is_here_before_the_second_half_is_decoded(
+    running: RunningService, client: httpx.Client, tiny_bundle: Bundle
+) -> None:
+    side = tiny_bundle.manifest.limits.max_side
+    asked = {"prompt": "a red ball", "seconds": 4, "seed": 7, "num_inference_steps": 1, "guidance_scale": 1}
+    asked["size"] = f"{side}x{side}"  # enough to decode for a busy machine's client to keep up
+    with client.stream("POST", "/v1/videos", json={**asked, "stream": True}) as response:
+        assert response.headers["content-type"] == "video/mp4"
+        assert response.headers["cache-control"] == "no-store"
+        assert response.headers["x-accel-buffering"] == "no"
+        log = FragmentLog.open(running.config.videos_dir, response.headers["x-video-id"])
+        received, decoded_by_then = b"", 0
+        for piece in response.iter_raw():
+            received += piece
+            if not decoded_by_then and received.count(b"mdat"):
+                decoded_by_then = sum(entry.frames for entry in log.entries())
+    assert frame_count(received) == 4 * tiny_bundle.manifest.fps + 1
+    assert 0 < decoded_by_then < frame_count(received) / 2
+
+
+def test_bytes_do_not_depend_on_what_else_is_in_flight(client: httpx.Client, tiny_bundle: Bundle) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        streams = list(pool.map(lambda asked: streamed(client, asked), [*OTHERS, ASKED]))
+    for asked, stream in zip([*OTHERS, ASKED], streams, strict=True):
+        assert stream == as_stream(made_alone(tiny_bundle, asked)), asked
+
+
+def test_closing_a_stream_does_not_cancel_the_video(client: httpx.Client) -> None:
+    with client.stream("POST", "/v1/videos", json={**ASKED, "seconds": 2, "stream": True}) as response:
+        video_id = response.headers["x-video-id"]
+    assert until_ended(client, video_id)["status"] == "completed"
+
+
+def test_cancelling_reaches_the_denoiser(running: RunningService, client: httpx.Client, tiny_bundle: Bundle) -> None:
+    from ray import serve
+
+    denoiser = serve.get_deployment_handle("tiny-denoiser", "rushes")
+    limits = tiny_bundle.manifest.limits
+    long = {"prompt": "a ball", "num_inference_steps": limits.max_steps, "seconds": limits.max_seconds}
+    long["size"] = f"{limits.max_side}x{limits.max_side}"
+    video_id = client.post("/v1/videos", json=long).json()["id"]
+    until(lambda: denoiser.sessions.remote().result(), lambda count: count == 1)
+    asyncio.run(running.store.request_cancel(video_id))
+    ended = until_ended(client, video_id)
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "cancelled")
+    assert ended["progress"] < 80, "the denoiser was through before the cancel came"
+    # The runner has waited for every stage to let go before it wrote the end down.
+    until(lambda: denoiser.sessions.remote().result(), lambda count: count == 0)
+
+
+def test_the_openai_sdk_creates_polls_and_downloads(
+    running: RunningService, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    sdk = openai.OpenAI(base_url=f"{running.service.url}/v1", api_key="unused")
+    settings = {key: value for key, value in ASKED.items() if key not in ("prompt", "seconds")}
+    video = sdk.videos.create_and_poll(
+        model="tiny", prompt=ASKED["prompt"], seconds="1", extra_body=settings, poll_interval_ms=50
+    )
+    assert (video.status, video.seconds, video.model) == ("completed", "1", "tiny")
+    sdk.videos.download_content(video.id).write_to_file(tmp_path / "sdk.mp4")
+    assert (tmp_path / "sdk.mp4").read_bytes() == as_file(made_alone(tiny_bundle, ASKED), tmp_path / "alone.mp4")
+    assert [model.id for model in sdk.models.list()] == ["tiny"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.videos.create(prompt="a ball", size="100x100")  # type: ignore[arg-type]
+    assert refused.value.param == "size"
+    with pytest.raises(openai.NotFoundError):
+        sdk.videos.retrieve("video_" + "0" * 32)
+
+
+def test_nothing_is_left_running(running: RunningService) -> None:
+    until(running.service.running, lambda count: count == 0)
+    logs = running.config.videos_dir.iterdir()
+    for video in [asyncio.run(running.store.get(log.name)) for log in logs]:
+        assert video is not None
+        assert video.status in (VideoStatus.COMPLETED, VideoStatus.FAILED)
+        assert video.error_code in (None, "cancelled")

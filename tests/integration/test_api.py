@@ -1,0 +1,325 @@
+"""The HTTP API over the real store and log, without Ray: what is refused, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import create_engine, text
+
+from models.bundle import Bundle
+from serving.api.app import create_api
+from serving.api.streams import follow_video
+from serving.jobs.artifacts import finished_path
+from serving.jobs.fragment_log import FragmentLog, LogFailed
+from serving.jobs.store import SqlVideoStore
+
+MAX_BODY = 1 << 20
+
+
+class Service:
+    """The application over a store of its own; `wakes` counts how often the runners were told of news."""
+
+    def __init__(self, bundle: Bundle, data_dir: Path) -> None:
+        self.videos_dir = data_dir / "videos"
+        self.videos_dir.mkdir()
+        self.url = f"sqlite:///{data_dir / 'videos.db'}"
+        self.store = SqlVideoStore(self.url)
+        self.wakes = 0
+        self.api = create_api(self.store, self.videos_dir, {"tiny": bundle}, self.wake, max_body_bytes=MAX_BODY)
+
+    async def wake(self) -> None:
+        self.wakes += 1
+
+    def created(self) -> int:
+        engine = create_engine(self.url)
+        with engine.connect() as connection:
+            count: int = connection.execute(text("select count(*) from videos")).scalar_one()
+        engine.dispose()
+        return count
+
+
+@pytest.fixture
+def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
+    return Service(tiny_bundle, tmp_path)
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    # As a server does, answer an unexpected error instead of raising it into the test.
+    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
+        yield opened
+
+
+def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["message"]
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({}, 400, "prompt"),
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": " \n\t"}, 400, "prompt"),
+    ({"prompt": "a" * 40_000}, 400, "prompt"),
+    ({"prompt": None}, 400, "prompt"),
+    ({"prompt": 5}, 400, "prompt"),
+    ({"prompt": ["a ball"]}, 400, "prompt"),
+    ({"prompt": "\ud800"}, 400, "prompt"),
+    ({"size": "100x100"}, 400, "size"),
+    ({"size": "128x120"}, 400, "size"),
+    ({"size": "128"}, 400, "size"),
+    ({"size": "-128x128"}, 400, "size"),
+    ({"size": "100000x100000"}, 400, "size"),
+    ({"size": "0x0"}, 400, "size"),
+    ({"size": 128}, 400, "size"),
+    ({"seconds": 0}, 400, "seconds"),
+    ({"seconds": -1}, 400, "seconds"),
+    ({"seconds": "0"}, 400, "seconds"),
+    ({"seconds": 100_000}, 400, "seconds"),
+    ({"seconds": "9" * 30}, 400, "seconds"),
+    ({"seconds": 1.5}, 400, "seconds"),
+    ({"seconds": "two"}, 400, "seconds"),
+    ({"seconds": True}, 400, "seconds"),
+    ({"seconds": [2]}, 400, "seconds"),
+    ({"model": "sora-9"}, 404, "model"),
+    ({"model": 3}, 400, "model"),
+    ({"seed": -1}, 400, "seed"),
+    ({"seed": 2**64}, 400, "seed"),
+    ({"seed": "7"}, 400, "seed"),
+    ({"seed": 0.5}, 400, "seed"),
+    ({"num_inference_steps": 0}, 400, "num_inference_steps"),
+    ({"num_inference_steps": 10_000}, 400, "num_inference_steps"),
+    ({"guidance_scale": "high"}, 400, "guidance_scale"),
+    ({"guidance_scale": -3}, 400, "guidance_scale"),
+    ({"guidance_scale": 1e300}, 400, "guidance_scale"),
+    ({"guidance_scale": float("nan")}, 400, "guidance_scale"),
+    ({"negative_prompt": 1}, 400, "negative_prompt"),
+    ({"negative_prompt": "b" * 40_000}, 400, "negative_prompt"),
+    ({"stream": "maybe"}, 400, "stream"),
+    ({"stream": 1}, 400, "stream"),
+    ({"num_steps": 3}, 400, "num_steps"),
+    ({"input_reference": {"image_url": "data:,"}}, 400, "input_reference"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "status", "param"), REFUSED, ids=lambda value: str(value)[:40])
+async def test_bad_json_is_refused_by_name_and_creates_nothing(
+    service: Service, client: httpx.AsyncClient, wrong: dict[str, Any], status: int, param: str
+) -> None:
+    body = {"prompt": "a red ball", **wrong} if wrong else {}
+    response = await client.post(
+        "/v1/videos", content=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    assert_envelope(response, status, param)
+    assert service.created() == 0
+    assert service.wakes == 0
+    assert list(service.videos_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "param"),
+    [
+        ({}, 400, "prompt"),
+        ({"prompt": ""}, 400, "prompt"),
+        ({"size": "100x100"}, 400, "size"),
+        ({"seconds": "two"}, 400, "seconds"),
+        ({"seed": "x"}, 400, "seed"),
+        ({"stream": "maybe"}, 400, "stream"),
+        ({"quality": "high"}, 400, "quality"),
+        ({"model": "sora-9"}, 404, "model"),
+    ],
+    ids=str,
+)
+async def test_bad_form_is_refused_by_name(
+    service: Service, client: httpx.AsyncClient, wrong: dict[str, str], status: int, param: str
+) -> None:
+    fields = {"prompt": "a red ball", **wrong} if wrong else {"model": "tiny"}
+    response = await client.post("/v1/videos", files={name: (None, value) for name, value in fields.items()})
+    assert_envelope(response, status, param)
+    assert service.created() == 0
+
+
+async def test_a_file_is_refused_by_name(service: Service, client: httpx.AsyncClient) -> None:
+    files = {"prompt": (None, "a red ball"), "input_reference": ("a.png", b"\x89PNG", "image/png")}
+    assert_envelope(await client.post("/v1/videos", files=files), 400, "input_reference")
+    files = {"prompt": ("prompt.txt", b"a red ball", "text/plain")}
+    assert_envelope(await client.post("/v1/videos", files=files), 400, "prompt")
+    assert service.created() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"", "application/json", 400),
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'"a red ball"', "application/json", 400),
+        (b"null", "application/json", 400),
+        (b'{"prompt": "\xff"}', "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b"--x\r\nbroken", "multipart/form-data; boundary=x", 400),
+        (b"prompt=a", "multipart/form-data", 400),
+        (b"<prompt/>", "application/xml", 415),
+        (b'{"prompt": "' + b"a" * MAX_BODY + b'"}', "application/json", 413),
+        (b"prompt=" + b"a" * MAX_BODY, "application/x-www-form-urlencoded", 413),
+    ],
+    ids=range(12),
+)
+async def test_bodies_that_cannot_be_read(
+    service: Service, client: httpx.AsyncClient, content: bytes, kind: str, status: int
+) -> None:
+    response = await client.post("/v1/videos", content=content, headers={"Content-Type": kind})
+    # A form that breaks off before its first field is one without fields.
+    assert_envelope(response, status, "prompt" if content.startswith(b"--x") else None)
+    assert service.created() == 0
+
+
+async def test_a_video_object_has_openais_keys_and_the_settings(service: Service, client: httpx.AsyncClient) -> None:
+    asked = {"prompt": "a red ball", "seconds": "1", "size": "64x48", "seed": 7, "guidance_scale": 2}
+    response = await client.post("/v1/videos", json=asked)
+    assert response.status_code == 200, response.text
+    video = response.json()
+    assert video.pop("id").startswith("video_")
+    assert isinstance(video.pop("created_at"), int)
+    assert isinstance(video.pop("num_inference_steps"), int)
+    assert video == {
+        "object": "video",
+        "model": "tiny",
+        "status": "queued",
+        "progress": 0,
+        "completed_at": None,
+        "expires_at": None,
+        "prompt": "a red ball",
+        "size": "64x48",
+        "seconds": "1",
+        "remixed_from_video_id": None,
+        "error": None,
+        "seed": 7,
+        "negative_prompt": "",
+        "guidance_scale": 2.0,
+    }
+    assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
+    assert service.wakes == 1
+
+
+async def test_json_and_form_mean_the_same_and_defaults_are_the_bundles(
+    client: httpx.AsyncClient, tiny_bundle: Bundle
+) -> None:
+    fields = {"prompt": "a red ball", "seconds": "1", "seed": "7", "stream": "false", "guidance_scale": "2.5"}
+    form = (await client.post("/v1/videos", files={name: (None, value) for name, value in fields.items()})).json()
+    asked = {"prompt": "a red ball", "seconds": 1, "seed": 7, "guidance_scale": 2.5}
+    plain = (await client.post("/v1/videos", json=asked)).json()
+    same = {"prompt", "seconds", "size", "seed", "guidance_scale", "num_inference_steps", "model"}
+    assert {key: form[key] for key in same} == {key: plain[key] for key in same}
+
+    default = (await client.post("/v1/videos", json={"prompt": "a red ball"})).json()
+    limits = tiny_bundle.manifest.limits
+    assert default["size"] == "{}x{}".format(*limits.default_size)
+    assert default["seconds"] == str(limits.default_seconds)
+    assert default["num_inference_steps"] == tiny_bundle.manifest.sampler.num_inference_steps
+
+
+async def test_content_is_refused_until_the_video_is_completed(service: Service, client: httpx.AsyncClient) -> None:
+    video_id = (await client.post("/v1/videos", json={"prompt": "a red ball"})).json()["id"]
+    content = f"/v1/videos/{video_id}/content"
+    assert_envelope(await client.get(content), 400, "video_id")
+    claimed = await service.store.claim("runner", 60)
+    assert claimed is not None
+    assert_envelope(await client.get(content), 400, "video_id")
+
+    finished_path(service.videos_dir, video_id).parent.mkdir()
+    finished_path(service.videos_dir, video_id).write_bytes(bytes(range(100)))
+    await service.store.complete(video_id, claimed.fence)
+    whole = await client.get(content)
+    assert (whole.status_code, whole.headers["content-type"], whole.content) == (200, "video/mp4", bytes(range(100)))
+    part = await client.get(content, headers={"Range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, bytes(range(10, 20)))
+    assert_envelope(await client.get(content, params={"variant": "thumbnail"}), 400, "variant")
+    done = (await client.get(f"/v1/videos/{video_id}")).json()
+    assert (done["status"], done["progress"]) == ("completed", 100)
+    assert isinstance(done["completed_at"], int)
+
+
+async def test_a_failed_video_says_why(service: Service, client: httpx.AsyncClient) -> None:
+    video_id = (await client.post("/v1/videos", json={"prompt": "a red ball"})).json()["id"]
+    claimed = await service.store.claim("runner", 60)
+    assert claimed is not None
+    await service.store.fail(video_id, claimed.fence, "generation_failed", "out of memory")
+    video = (await client.get(f"/v1/videos/{video_id}")).json()
+    assert video["status"] == "failed"
+    assert video["error"] == {"code": "generation_failed", "message": "out of memory"}
+    assert_envelope(await client.get(f"/v1/videos/{video_id}/content"), 400, "video_id")
+
+
+@pytest.mark.parametrize("failed_in", ["log", "store"])
+async def test_a_stream_of_a_video_that_fails_is_cut(service: Service, failed_in: str) -> None:
+    transport = httpx.ASGITransport(service.api)  # raises what the application raises while it answers
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        video_id = (await client.post("/v1/videos", json={"prompt": "a red ball"})).json()["id"]
+        claimed = await service.store.claim("runner", 60)
+        assert claimed is not None
+        if failed_in == "log":
+            writer = await FragmentLog.create(service.videos_dir, video_id, fence=claimed.fence)
+            await writer.fail("generation_failed", "out of memory")
+        else:
+            await service.store.fail(video_id, claimed.fence, "generation_failed", "out of memory")
+
+        with pytest.raises(LogFailed, match="out of memory"):
+            async for _ in follow_video(service.store, service.videos_dir, video_id):
+                pass
+
+
+@pytest.mark.parametrize("video_id", ["video_0", "video_" + "0" * 32, "..%2F..%2Fetc%2Fpasswd", "x" * 5000])
+async def test_videos_that_are_not_there(client: httpx.AsyncClient, video_id: str) -> None:
+    for path in (f"/v1/videos/{video_id}", f"/v1/videos/{video_id}/content"):
+        response = await client.get(path)
+        assert response.status_code == 404
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_models_are_listed_with_their_limits(client: httpx.AsyncClient, tiny_bundle: Bundle) -> None:
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    (model,) = listed["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == ("tiny", "model", "rushes")
+    assert isinstance(model["created"], int)
+    assert model["limits"]["max_seconds"] == tiny_bundle.manifest.limits.max_seconds
+    assert (await client.get("/v1/models/tiny")).json() == model
+    assert_envelope(await client.get("/v1/models/sora-9"), 404, "model")
+
+
+async def test_the_frameworks_own_errors_have_the_envelope(client: httpx.AsyncClient) -> None:
+    assert_envelope(await client.get("/v2/nothing"), 404, None)
+    assert_envelope(await client.put("/v1/videos"), 405, None)
+    assert_envelope(await client.delete("/v1/models"), 405, None)
+    assert (await client.get("/health")).json() == {"status": "ok"}
+
+
+async def test_an_unexpected_error_has_the_envelope_and_no_details(
+    service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(video_id: str) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(service.store, "get", broken)
+    response = await client.get("/v1/videos/video_" + "0" * 32)
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+async def test_the_openapi_document_describes_the_request(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    schema = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["prompt"]
+    assert schema["additionalProperties"] is False
