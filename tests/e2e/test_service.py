@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import openai
 import pytest
 
 from models.bundle import Bundle
+from serving.config import ServiceConfig
+from serving.deployments.local import LocalService, free_port, local_service
 from serving.jobs.fragment_log import FragmentLog
-from serving.jobs.store import VideoStatus
+from serving.jobs.store import SqlVideoStore, VideoStatus
 from serving.media.fmp4 import remux_to_mp4
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
-from tests.e2e.conftest import RunningService
 
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 4}
 OTHERS: list[dict[str, Any]] = [
@@ -31,6 +33,29 @@ OTHERS: list[dict[str, Any]] = [
     {"prompt": "a green cone", "seconds": 1, "seed": 2, "num_inference_steps": 3, "guidance_scale": 1},
     {"prompt": "a white cylinder", "seconds": 1, "seed": 3, "num_inference_steps": 9, "guidance_scale": 5},
 ]
+
+
+@dataclass(frozen=True)
+class RunningService:
+    service: LocalService
+    config: ServiceConfig
+    store: SqlVideoStore
+
+
+@pytest.fixture(scope="module")
+def running(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """One Ray for all of these tests: starting it takes longer than most of them."""
+    config = ServiceConfig(
+        models={"tiny": tiny_bundle.root}, data_dir=tmp_path_factory.mktemp("service"), port=free_port()
+    )
+    with local_service(config) as service:
+        yield RunningService(service, config, SqlVideoStore(config.resolved_store_url))
+
+
+@pytest.fixture
+def client(running: RunningService) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.service.url, timeout=120) as opened:
+        yield opened
 
 
 def made_alone(bundle: Bundle, asked: dict[str, Any]) -> list[Fragment]:
