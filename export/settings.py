@@ -1,0 +1,71 @@
+"""`rushes.json`: what a checkpoint's directory may say about serving it; diffusers ignores the file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from export.onnx import ExportError
+from models.bundle import LimitsInfo, SamplerInfo
+
+SETTINGS = "rushes.json"
+SAMPLERS: dict[str, Literal["euler", "unipc"]] = {
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "UniPCMultistepScheduler": "unipc",
+}
+
+
+class SamplerSettings(BaseModel):
+    """Defaults that the scheduler's config does not know; None: taken from that config."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["euler", "unipc"] | None = None
+    shift: float | None = Field(default=None, gt=0)
+    num_inference_steps: PositiveInt = 20
+    guidance_scale: float = Field(default=5.0, ge=1)
+
+
+class CheckpointSettings(BaseModel):
+    """`rushes.json`; every key may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(default=None, description="The model's name in the API; by default the directory's.")
+    fps: PositiveInt = 16
+    max_tokens: PositiveInt = 64
+    chunk_latent_frames: PositiveInt = 3
+    sampler: SamplerSettings = SamplerSettings()
+    limits: LimitsInfo = LimitsInfo(
+        default_size=(128, 128), min_side=64, max_side=256, size_multiple=16, default_seconds=2, max_seconds=8
+    )
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> CheckpointSettings:
+        """Read the file if it is there. Raises `ExportError`."""
+        path = checkpoint / SETTINGS
+        try:
+            settings = cls.model_validate_json(path.read_bytes()) if path.exists() else cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ExportError(f"{path} is wrong at `{'.'.join(map(str, first['loc']))}`: {first['msg']}.") from error
+        name = settings.name or re.sub(r"[^a-z0-9._-]+", "-", checkpoint.resolve().name.lower()).strip("-._")
+        return settings.model_copy(update={"name": name or "model"})
+
+    def sampler_info(self, scheduler: dict[str, Any]) -> SamplerInfo:
+        """The manifest's sampler, from these settings and the checkpoint's scheduler config. Raises `ExportError`."""
+        kind = str(scheduler.get("_class_name"))
+        name = self.sampler.name or SAMPLERS.get(kind)
+        shift = self.sampler.shift or scheduler.get("flow_shift") or scheduler.get("shift")
+        if name is None or shift is None:
+            raise ExportError(f"The scheduler {kind} is unknown: give `sampler.name` and `sampler.shift` in {SETTINGS}.")
+        return SamplerInfo(
+            name=name,
+            shift=shift,
+            num_train_timesteps=scheduler.get("num_train_timesteps", 1000),
+            num_inference_steps=self.sampler.num_inference_steps,
+            guidance_scale=self.sampler.guidance_scale,
+        )

@@ -1,0 +1,256 @@
+"""The Wan family: which parts of a `WanPipeline` checkpoint are served, and how each is wrapped for export.
+
+The decoder streams. `AutoencoderKLWan.decode` walks over the latent frames one by one and keeps, for each causal
+convolution, the last two frames of its input. Here those caches are tensors of exactly two frames that go in and out of
+the graph, which is the same computation: causal padding is zeros, so an empty cache is two zero frames, and so is the
+"Rep" mark that `WanResample` leaves after the first latent. Only the first latent has another structure (time is not
+upsampled there), hence two graphs: `DecoderFirst` and `DecoderNext`.
+
+Imports torch, diffusers and transformers: for export and training only; serving never imports this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import transformers
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from torch import Tensor, nn
+
+CACHE_FRAMES = 2
+TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
+
+
+class UnsupportedCheckpoint(ValueError):
+    """The directory is no checkpoint of this family, or of a kind that is not served."""
+
+
+@dataclass(frozen=True)
+class WanCheckpoint:
+    """The parts of a checkpoint, in fp32 on the CPU."""
+
+    text_encoder: Any
+    transformer: Any
+    vae: Any
+    scheduler: dict[str, Any]
+    tokenizer: Path
+
+    @classmethod
+    def load(cls, path: Path) -> WanCheckpoint:
+        """Read a diffusers-format `WanPipeline` directory, component by component. Raises `UnsupportedCheckpoint`."""
+        try:
+            index = json.loads((path / "model_index.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UnsupportedCheckpoint(f"{path} has no readable model_index.json: give a diffusers directory.") from error
+        if index.get("_class_name") != "WanPipeline":
+            raise UnsupportedCheckpoint(f"{path} holds a {index.get('_class_name')}, but only WanPipeline is supported.")
+        if any(index.get("transformer_2") or ()):
+            raise UnsupportedCheckpoint(f"{path} has two transformers (Wan 2.2 A14B), which is not supported.")
+        tokenizer = path / "tokenizer" / "tokenizer.json"
+        if not tokenizer.is_file():
+            raise UnsupportedCheckpoint(f"{path} has no tokenizer/tokenizer.json: save its tokenizer in the fast format.")
+        kind = (index.get("text_encoder") or [None, None])[1]
+        if kind not in TEXT_ENCODERS:
+            raise UnsupportedCheckpoint(f"{path} has the text encoder {kind}: only {', '.join(TEXT_ENCODERS)} are supported.")
+        local: dict[str, Any] = {"local_files_only": True}
+        transformer = WanTransformer3DModel.from_pretrained(path / "transformer", torch_dtype=torch.float32, **local)
+        if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+            raise UnsupportedCheckpoint(f"{path} needs an image as input; only text-to-video is supported.")
+        return cls(
+            text_encoder=getattr(transformers, kind)
+            .from_pretrained(path / "text_encoder", dtype=torch.float32, **local)
+            .eval(),
+            transformer=transformer.eval(),
+            vae=AutoencoderKLWan.from_pretrained(path / "vae", torch_dtype=torch.float32, **local).eval(),
+            scheduler=json.loads((path / "scheduler" / "scheduler_config.json").read_text()),
+            tokenizer=tokenizer,
+        )
+
+
+class TextEncoder(nn.Module):
+    """`input_ids`, `attention_mask` int64 `[batch, tokens]` to `hidden_states` `[batch, tokens, dim]`, zero where masked.
+
+    `WanPipeline` cuts the states off behind the prompt and pads with zeros, which is the same.
+    """
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states: Tensor = self.text_encoder(input_ids, attention_mask).last_hidden_state
+        return states * attention_mask.unsqueeze(-1).to(states.dtype)
+
+
+class Denoiser(nn.Module):
+    """`latents` `[batch, channels, frames, height, width]`, `timestep` `[batch]` in 0..1000 and `encoder_hidden_states`
+    `[batch, tokens, dim]` to the flow's `velocity`, shaped like the latents.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    @contextmanager
+    def exportable(self) -> Iterator[None]:
+        """While the graph is traced, `AttentionProcessor` stands in for diffusers' own."""
+        original = self.transformer.attn_processors
+        self.transformer.set_attn_processor(AttentionProcessor())
+        try:
+            yield
+        finally:
+            self.transformer.set_attn_processor(original)
+
+    def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        # Each input has its own symbol for the batch; the export must know that they are one.
+        torch._check(timestep.shape[0] == latents.shape[0])
+        torch._check(encoder_hidden_states.shape[0] == latents.shape[0])
+        velocity: Tensor = self.transformer(latents, timestep, encoder_hidden_states, return_dict=False)[0]
+        return velocity
+
+
+class AttentionProcessor:
+    """`WanAttnProcessor` for text-to-video, but rotating with `stack` where that writes in place (ONNX: ScatterND)."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(context).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2, 3))
+        return attn.to_out[1](out)  # type: ignore[no-any-return]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on neighbouring pairs of `[batch, tokens, heads, dim]`."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class _Caches:
+    """Hands each causal convolution its cache, in the order of the walk, and collects the next ones.
+
+    `previous` is None for the first latent: padding with zeros then does what an empty cache would.
+    """
+
+    def __init__(self, previous: tuple[Tensor, ...] | None) -> None:
+        self.previous = previous
+        self.next: list[Tensor] = []
+
+    @property
+    def first(self) -> bool:
+        return self.previous is None
+
+    def conv(self, conv: Any, x: Tensor) -> Tensor:
+        """Apply a `WanCausalConv3d` with a time kernel of three."""
+        if self.previous is None:
+            self.next.append(torch.cat([torch.zeros_like(x), x], dim=2)[:, :, -CACHE_FRAMES:])
+            return conv(x)  # type: ignore[no-any-return]
+        cache = self.previous[len(self.next)]
+        self.next.append(torch.cat([cache, x], dim=2)[:, :, -CACHE_FRAMES:])
+        return conv(x, cache)  # type: ignore[no-any-return]
+
+    def skip(self, x: Tensor) -> None:
+        """The convolution is not used on the first latent; it starts on the second, with an empty cache."""
+        self.next.append(torch.cat([torch.zeros_like(x)] * CACHE_FRAMES, dim=2))
+
+
+def _residual_block(block: Any, x: Tensor, caches: _Caches) -> Tensor:
+    shortcut = block.conv_shortcut(x)
+    x = caches.conv(block.conv1, block.nonlinearity(block.norm1(x)))
+    x = caches.conv(block.conv2, block.nonlinearity(block.norm2(x)))
+    return x + shortcut  # type: ignore[no-any-return]
+
+
+def _upsample(resample: Any, x: Tensor, caches: _Caches) -> Tensor:
+    batch, channels, frames, height, width = x.shape
+    if resample.mode == "upsample3d":
+        if caches.first:
+            caches.skip(x)
+        else:
+            x = caches.conv(resample.time_conv, x).reshape(batch, 2, channels, frames, height, width)
+            x = torch.stack((x[:, 0], x[:, 1]), dim=3).reshape(batch, channels, 2 * frames, height, width)
+            frames = 2 * frames
+    x = resample.resample(x.transpose(1, 2).flatten(0, 1))
+    return x.unflatten(0, (batch, frames)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _up_block(block: Any, x: Tensor, caches: _Caches) -> Tensor:
+    """A `WanResidualUpBlock` (Wan 2.2) or a `WanUpBlock` (Wan 2.1)."""
+    before = x
+    for resnet in block.resnets:
+        x = _residual_block(resnet, x, caches)
+    upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
+    if upsampler is not None:
+        x = _upsample(upsampler, x, caches)
+    if getattr(block, "avg_shortcut", None) is not None:
+        x = x + block.avg_shortcut(before, first_chunk=caches.first)
+    return x
+
+
+def _decode(vae: Any, latents: Tensor, caches: _Caches) -> Tensor:
+    """The walk of `AutoencoderKLWan.decode` over one chunk: pixels `[batch, 3, frames, height, width]` in [-1, 1]."""
+    decoder = vae.decoder
+    x = caches.conv(decoder.conv_in, vae.post_quant_conv(latents))
+    x = _residual_block(decoder.mid_block.resnets[0], x, caches)
+    for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+        x = _residual_block(resnet, attention(x), caches)
+    for block in decoder.up_blocks:
+        x = _up_block(block, x, caches)
+    x = caches.conv(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)))
+    if vae.config.patch_size is not None:
+        x = unpatchify(x, patch_size=vae.config.patch_size)
+    return x.clamp(-1.0, 1.0)
+
+
+class _Decoder(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        shape = (1, -1, 1, 1, 1)
+        self.register_buffer("mean", torch.tensor(vae.config.latents_mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(vae.config.latents_std).view(shape), persistent=False)
+
+    def decode(self, latents: Tensor, caches: _Caches) -> tuple[Tensor, ...]:
+        pixels = _decode(self.vae, latents * self.std + self.mean, caches)
+        # The cast is the last operation: TensorRT takes uint8 nowhere else.
+        frames = ((pixels.permute(0, 2, 3, 4, 1) + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
+        return frames, pixels, *caches.next
+
+
+class DecoderFirst(_Decoder):
+    """The first latent frame, normalised, to `frames` uint8 `[batch, 1, H, W, 3]`, `pixels`, and the caches."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        return self.decode(latents, _Caches(None))
+
+
+class DecoderNext(_Decoder):
+    """`t` more latent frames and the caches to `frames` uint8 `[batch, 4 t, H, W, 3]`, `pixels`, and the next caches."""
+
+    def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        for cache in caches:
+            torch._check(cache.shape[0] == latents.shape[0])
+        return self.decode(latents, _Caches(caches))
