@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # Progress and errors go to stderr: what stdout has is the answer, such as a path.
-_console = Console(stderr=True, highlight=False)
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Bundle = Annotated[Path, typer.Option(help="The bundle to serve; the bundled model when left out.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="What to show.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -56,7 +57,7 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
 
     from serving.deployments.app import build_app
 
-    config.videos_dir.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=max(math.ceil(config.cores()), os.cpu_count() or 1),
