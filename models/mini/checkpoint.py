@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 
 from models.mini.captions import build_tokenizer, wrap_tokenizer
 from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer, build_vae
-from models.mini.train_dit import Captioned, latent_statistics, load_latents
+from models.mini.train_dit import Captioned, latent_statistics
 from models.mini.world import FPS, FRAMES, HEIGHT, WIDTH
 
 SETTINGS = {
@@ -43,7 +43,7 @@ def assemble(folder: Path) -> WanPipeline:
     transformer.load_state_dict(trained["transformer"])
     newest = next(p for name in ("decoder", "vae") if (p := folder / f"{name}-averaged.pt").exists())
     vae.load_state_dict(torch.load(newest, weights_only=True)["vae"])
-    mean, std = latent_statistics(load_latents(folder)[0])
+    mean, std = latent_statistics(folder)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     return WanPipeline(
         tokenizer=wrap_tokenizer(tokenizer, TEXT_LENGTH),

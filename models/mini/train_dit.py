@@ -16,6 +16,7 @@ from torch import nn
 
 from models.mini import world
 from models.mini.captions import build_tokenizer, canonical, caption
+from models.mini.judge import judge
 from models.mini.networks import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
@@ -65,10 +66,14 @@ def load_latents(folder: Path) -> tuple[NDArray[np.float16], list[Attributes]]:
     return np.concatenate([file["latents"] for file in files]), attributes
 
 
-def latent_statistics(latents: NDArray[np.float16]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, over everything else."""
-    sample = latents[:512].astype(np.float32)
-    return sample.mean((0, 2, 3, 4)).tolist(), sample.std((0, 2, 3, 4)).tolist()
+def latent_statistics(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel; fixed by the first call, so that the cache may grow."""
+    path = folder / "latent-statistics.json"
+    if not path.exists():
+        sample = load_latents(folder)[0][:512].astype(np.float32)
+        path.write_text(json.dumps([sample.mean((0, 2, 3, 4)).tolist(), sample.std((0, 2, 3, 4)).tolist()]))
+    mean, std = json.loads(path.read_text())
+    return mean, std
 
 
 # Flow matching --------------------------------------------------------------------------------------------------------
@@ -94,7 +99,7 @@ class Captioned(nn.Module):
 def train_dit(run: Run) -> None:
     """Short clips (17 frames) for the first half of the time, whole ones after; captions dropped for guidance."""
     latents, attributes = load_latents(run.folder)
-    mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(latents))
+    mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(run.folder))
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 5])
     tokenizer = build_tokenizer()
     text, transformer = Captioned(tokenizer), build_transformer()
@@ -127,7 +132,7 @@ def train_dit(run: Run) -> None:
     def report(step: int) -> dict[str, float]:
         if step % (3 * run.save_every):
             return {}
-        return score_samples(run.folder, text, transformer, latent_statistics(latents), 24)
+        return score_samples(run.folder, text, transformer, 16)
 
     train(run, {"text": text, "transformer": transformer}, step, report)
 
@@ -158,13 +163,9 @@ def sample(
 
 
 @torch.no_grad()
-def score_samples(
-    folder: Path, text: Captioned, transformer: nn.Module, statistics: tuple[list[float], list[float]], count: int
-) -> dict[str, float]:
+def score_samples(folder: Path, text: Captioned, transformer: nn.Module, count: int) -> dict[str, float]:
     """The judge's figures on held-out combinations; writes a contact sheet of the samples."""
     from PIL import Image
-
-    from models.mini.evaluate import score
 
     rng = np.random.default_rng(4)
     held = [a for a in world.all_attributes() if a.held_out]
@@ -172,11 +173,12 @@ def score_samples(
     vae = build_vae()
     newest = next(p for name in ("decoder", "vae") if (p := folder / f"{name}-averaged.pt").exists())
     vae.load_state_dict(torch.load(newest, weights_only=True)["vae"])
-    mean, std = (torch.tensor(v)[None, :, None, None, None] for v in statistics)
+    mean, std = (torch.tensor(v)[None, :, None, None, None] for v in latent_statistics(folder))
     x = sample(text, transformer, [canonical(a) for a in wanted], 9, 16, 3.0) * std + mean
     decoded = torch.cat([vae.decode(part).sample for part in torch.split(x, 8)])
     clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
     sheet = np.concatenate([np.concatenate(list(clip[::6]), 1) for clip in clips[:12]])
     Image.fromarray(sheet).save(folder / "samples.png")
-    scores = score(wanted, list(clips))
-    return {f"judged_{name}": value for name, value in scores.as_dict().items()}
+    rights = [judge(clip).right(a) for a, clip in zip(wanted, clips, strict=True)]
+    figures = {f"judged_{name}": float(np.mean([right[name] for right in rights])) for name in rights[0]}
+    return figures | {"judged_all": float(np.mean([all(right.values()) for right in rights]))}
