@@ -27,17 +27,22 @@ _ANGLES = np.linspace(0, 2 * np.pi, 32, endpoint=False, dtype=np.float32)
 _RAYS = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])  # [2, angles]; 0 right, 8 down, 16 left, 24 up
 _RIGHT, _DOWN, _LEFT, _UP = 0, 8, 16, 24
 
+# Beyond these the nearest match is no match. Rendered clips stay near or below half of each.
+_MAX_SETTING_ERROR = 0.13  # mean distance in RGB (0..1), at most 0.25 a pixel; the object is in it
+_MAX_COLOR_ERROR = 0.14  # mean distance in RGB (0..1), at most 0.2 a pixel
+_MAX_SHAPE_ERROR = 0.05  # mean distance between outlines of mean width 1
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the judge sees; object attributes are `None` when it sees no object."""
+    """What the judge sees; `None` where it is nothing of the world's: no object, or another shape, colour or place."""
 
     shape: Shape | None
     color: Color | None
     size: Size | None
     motion: Motion | None
-    floor: Floor
-    light: Light
+    floor: Floor | None
+    light: Light | None
 
     def right(self, attributes: Attributes) -> dict[str, bool]:
         """For each attribute whether it is as `attributes` says."""
@@ -69,14 +74,16 @@ def judge(frames: NDArray[np.uint8]) -> Verdict:
     pixels = _smooth(_f32(frames) / np.float32(255))
     setting = _find_setting(pixels)
     strange = _distance_to_setting(pixels, setting)
+    if np.minimum(strange, 0.25).mean() > _MAX_SETTING_ERROR:
+        return Verdict(None, None, None, None, None, None)
     color, mask = _find_object(pixels, strange, world.SUNS[setting.light])
     track = _outline(mask)
-    if color is None or track is None:
-        return Verdict(None, None, None, None, setting.floor, setting.light)
-    shape = _find_shape(track)
+    if track is None:
+        return Verdict(None, color, None, None, setting.floor, setting.light)
+    shape, error = _find_shape(track)
     size = _find_size(track, shape)
     motion = _find_motion(track, shape, size, pixels, mask)
-    return Verdict(shape, color, size, motion, setting.floor, setting.light)
+    return Verdict(shape if error < _MAX_SHAPE_ERROR else None, color, size, motion, setting.floor, setting.light)
 
 
 def _f32(values: ArrayLike) -> FloatArray:
@@ -154,7 +161,7 @@ def _distance_to_color(pixels: FloatArray, color: Color, sun: Sun) -> FloatArray
 
 
 def _find_object(pixels: FloatArray, strange: FloatArray, sun: Sun) -> tuple[Color | None, BoolArray]:
-    """The object's colour and its mask `[frames, height, width]`."""
+    """The object's colour (`None` if it has none of the world's) and its mask `[frames, height, width]`."""
     brightness = float(np.mean(sun.color) + np.mean(sun.ambient))
     threshold = 0.07 * brightness
     mask = strange > threshold
@@ -164,18 +171,22 @@ def _find_object(pixels: FloatArray, strange: FloatArray, sun: Sun) -> tuple[Col
     found, weight = pixels[sure], np.minimum(strange[sure], 0.4)
     step = max(1, len(found) // 4000)
     found, weight = found[::step], weight[::step]
-    costs = [(weight * np.minimum(_distance_to_color(found, c, sun), 0.2)).sum() for c in _COLORS]
+    costs = [(weight * np.minimum(_distance_to_color(found, c, sun), 0.2)).sum() / weight.sum() for c in _COLORS]
     color = _COLORS[int(np.argmin(costs))]
     mask[mask] = strange[mask] > _distance_to_color(pixels[mask], color, sun)
-    return color, mask
+    return color if min(costs) < _MAX_COLOR_ERROR else None, _without_specks(mask)
+
+
+def _without_specks(mask: BoolArray) -> BoolArray:
+    """Pixels of the mask that have three neighbours in it."""
+    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
+    rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    return np.asarray(mask & (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] >= 4))
 
 
 def _outline(mask: BoolArray) -> _Track | None:
     """Outlines of each frame's largest connected patch; `None` when there is hardly ever one."""
     frames, height, width = mask.shape
-    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
-    rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
-    mask &= rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] >= 4
     times, supports, clipped = [], [], []
     for index in range(frames):
         y, left, right = _largest_patch(mask[index])
@@ -268,14 +279,18 @@ def _templates() -> tuple[NDArray[np.int64], FloatArray]:
     return np.array(kinds), _normalised(_f32(outlines))
 
 
-def _find_shape(track: _Track) -> Shape:
-    """The shape whose outlines are nearest over all frames; large outlines count more, clipped ones little."""
+def _find_shape(track: _Track) -> tuple[Shape, float]:
+    """The shape whose outlines are nearest over all frames, and how far they are.
+
+    Large outlines count more, clipped ones little.
+    """
     kinds, templates = _templates()
     outlines = _normalised(track.supports)
     distances = np.abs(outlines[:, None] - templates).mean(-1)
     nearest = np.stack([distances[:, kinds == kind].min(-1) for kind in range(len(_SHAPES))], -1)
     weights = track.supports.mean(-1) * np.where(track.clipped, 0.02, 1.0)
-    return _SHAPES[int((np.minimum(nearest, 0.08) * weights[:, None]).sum(0).argmin())]
+    errors = np.average(np.minimum(nearest, 0.2), axis=0, weights=weights)
+    return _SHAPES[int(errors.argmin())], float(errors.min())
 
 
 @cache
