@@ -199,6 +199,7 @@ def test_cancelling_reaches_the_denoiser(running: RunningService, client: httpx.
     until(lambda: denoiser.sessions.remote().result(), lambda count: count == 0)
 
 
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 def test_the_openai_sdk_creates_polls_and_downloads(
     running: RunningService, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
