@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,48 +28,75 @@ class _Session:
 
     cache: dict[str, Array] = field(default_factory=dict)
     next_chunk: int = 0
+    placed: bool = False
     users: int = 0
+    idle_since: float = 0.0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class EngineDecoder:
     """A `Decoder` over the two decoder engines; decoding and encoding each have a thread, so that they overlap.
 
-    At most `max_sessions` videos hold a cache. A new one takes the place of the video that has been idle longest, whose
-    next chunk then raises `LostSession`; when none is idle, it waits.
+    At most `max_sessions` videos hold a cache; a new video waits for a place. It gets the place of a video that ends,
+    or of the one that has been idle longest, if that is `idle_seconds` or more: that video's next chunk raises
+    `LostSession`. Without such a time of grace videos would push each other out between any two chunks.
     """
 
-    def __init__(self, first: Engine, following: Engine, manifest: Manifest, *, max_sessions: int = 8) -> None:
+    def __init__(
+        self,
+        first: Engine,
+        following: Engine,
+        manifest: Manifest,
+        *,
+        max_sessions: int = 8,
+        idle_seconds: float = 10.0,
+    ) -> None:
         self._first, self._following = first, following
         self._manifest = manifest
-        self._max_sessions = max_sessions
-        self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._idle = asyncio.Event()
+        self._max_sessions, self._idle_seconds = max_sessions, idle_seconds
+        self._sessions: dict[str, _Session] = {}
+        self._changed = asyncio.Event()
         self._decode_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, max_sessions: int = 8) -> EngineDecoder:
+    def open(
+        cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, max_sessions: int = 8, idle_seconds: float = 10.0
+    ) -> EngineDecoder:
         def engine(graph: GraphName) -> OnnxRuntimeEngine:
             # `pixels` is there to measure parity with; only the frames and the cache are worth fetching.
             outputs = [o.name for o in bundle.manifest.graphs[graph].outputs if o.name != "pixels"]
             return OnnxRuntimeEngine(bundle.path_of(graph), threads=threads, provider=provider, outputs=outputs)
 
-        return cls(engine("decoder_first"), engine("decoder_next"), bundle.manifest, max_sessions=max_sessions)
+        return cls(
+            engine("decoder_first"),
+            engine("decoder_next"),
+            bundle.manifest,
+            max_sessions=max_sessions,
+            idle_seconds=idle_seconds,
+        )
 
     @property
     def sessions(self) -> int:
         """How many videos hold a cache here."""
-        return len(self._sessions)
+        return sum(session.placed for session in self._sessions.values())
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        session = await self._session(video_id, chunk.index)
+        if chunk.index == 0:
+            self._sessions[video_id] = _Session()  # a replay starts afresh
+        session = self._sessions.get(video_id)
+        if session is None:
+            raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
         session.users += 1
         try:
-            frames = await self._decode_in_turn(video_id, session, chunk)
+            async with session.turn:
+                frames = await self._decode(video_id, session, chunk)
         finally:
             session.users -= 1
-            self._idle.set()
+            session.idle_since = asyncio.get_running_loop().time()
+            if not session.placed and not session.users and self._sessions.get(video_id) is session:
+                del self._sessions[video_id]  # cancelled while it waited for a place
+            self._changed.set()
         start = first_frame(self._manifest, chunk.index)
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
@@ -79,44 +107,43 @@ class EngineDecoder:
 
     async def close(self, video_id: str) -> None:
         self._sessions.pop(video_id, None)
-        self._idle.set()
+        self._changed.set()
 
     async def stop(self) -> None:
         """Wait for the calls that are running."""
         await asyncio.to_thread(self._decode_thread.shutdown)
         await asyncio.to_thread(self._encode_thread.shutdown)
 
-    async def _session(self, video_id: str, chunk: int) -> _Session:
-        if chunk:
-            if video_id not in self._sessions:
-                raise LostSession(f"{video_id}: no decoder session here for chunk {chunk}")
-            self._sessions.move_to_end(video_id)
-            return self._sessions[video_id]
-        self._sessions.pop(video_id, None)  # a replay starts afresh
-        while len(self._sessions) >= self._max_sessions:
-            idle = next((id for id, session in self._sessions.items() if not session.users), None)
-            if idle is not None:
-                del self._sessions[idle]
-            else:
-                self._idle.clear()
-                await self._idle.wait()
-        session = self._sessions[video_id] = _Session()
-        return session
+    async def _decode(self, video_id: str, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
+        """In the session's turn: decode the chunk and move the cache on."""
+        if chunk.index == 0:
+            await self._place(session)
+        if self._sessions.get(video_id) is not session or session.next_chunk != chunk.index:
+            raise LostSession(f"{video_id}: the decoder session is at {session.next_chunk}, not at {chunk.index}")
+        # Until this call is through the cache belongs to no chunk; if it is cut short, the session is lost.
+        session.next_chunk = -1
+        frames, session.cache = await asyncio.get_running_loop().run_in_executor(
+            self._decode_thread, self._run, session.cache, chunk.latents
+        )
+        session.next_chunk = chunk.index + 1
+        if chunk.last and self._sessions.get(video_id) is session:
+            del self._sessions[video_id]
+        return frames
 
-    async def _decode_in_turn(self, video_id: str, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
-        async with session.turn:
-            if self._sessions.get(video_id) is not session or session.next_chunk != chunk.index:
-                raise LostSession(f"{video_id}: the decoder session is at {session.next_chunk}, not at {chunk.index}")
-            loop = asyncio.get_running_loop()
-            # Until this call is through the cache belongs to no chunk; if it is cut short, the session is lost.
-            session.next_chunk = -1
-            frames, session.cache = await loop.run_in_executor(
-                self._decode_thread, self._run, session.cache, chunk.latents
-            )
-            session.next_chunk = chunk.index + 1
-            if chunk.last and self._sessions.get(video_id) is session:
-                del self._sessions[video_id]
-            return frames
+    async def _place(self, session: _Session) -> None:
+        """Wait until fewer than `max_sessions` videos hold a cache, dropping what has been idle for too long."""
+        clock = asyncio.get_running_loop().time
+        while self.sessions >= self._max_sessions:
+            idle = [(s.idle_since, id) for id, s in self._sessions.items() if s.placed and not s.users]
+            since, oldest = min(idle, default=(math.inf, ""))
+            if since + self._idle_seconds <= clock():
+                del self._sessions[oldest]
+                continue
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(since + self._idle_seconds if idle else None):
+                    await self._changed.wait()
+        session.placed = True
 
     def _run(self, cache: dict[str, Array], latents: NDArray[np.float32]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
         """Frames uint8 `[n, height, width, 3]` and the cache for the next chunk, in the engines' thread."""
