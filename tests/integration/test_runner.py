@@ -1,0 +1,206 @@
+"""Runner, stages, store, log and HTTP together in one process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from models.bundle import Bundle
+from serving.api.app import create_api
+from serving.deployments.attempt import AttemptSettings, Stages
+from serving.deployments.runner import Runner
+from serving.engines.engine import EngineError
+from serving.jobs.artifacts import finished_path
+from serving.jobs.fragment_log import FragmentLog
+from serving.jobs.store import SqlVideoStore, Video, VideoStatus
+from serving.pipeline.local import LocalPipeline
+from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec
+
+ASKED = {"prompt": "a red ball", "seconds": 4, "seed": 7, "num_inference_steps": 2}
+
+
+class GatedDecoder:
+    """The real decoder, which decodes nothing of a video's second half before `gate` opens."""
+
+    def __init__(self, pipeline: LocalPipeline, first_gated_chunk: int) -> None:
+        self._decoder = pipeline.decoder
+        self._first_gated_chunk = first_gated_chunk
+        self.gate = asyncio.Event()
+
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        if chunk.index >= self._first_gated_chunk:
+            await self.gate.wait()
+        return await self._decoder.decode(video_id, spec, chunk)
+
+    async def close(self, video_id: str) -> None:
+        await self._decoder.close(video_id)
+
+
+class BrokenDenoiser:
+    """Fails as an engine does, after a step."""
+
+    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
+        yield StepDone(1, 2)
+        raise EngineError("denoiser.onnx: out of memory")
+
+
+class Service:
+    def __init__(self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path) -> None:
+        self.videos_dir = data_dir / "videos"
+        self.videos_dir.mkdir(parents=True)
+        self.store = SqlVideoStore(f"sqlite:///{data_dir / 'videos.db'}", max_attempts=2)
+        self.stages: dict[str, Any] = {
+            "text_encoder": pipeline.text_encoder,
+            "denoiser": pipeline.denoiser,
+            "decoder": pipeline.decoder,
+        }
+        self.pipeline = pipeline
+        self.bundle = bundle
+        self.runner: Runner | None = None
+
+    def new_runner(self) -> Runner:
+        settings = AttemptSettings(self.videos_dir, lease_seconds=30, retention_seconds=60, max_attempts=2)
+        return Runner(self.store, {"tiny": Stages(**self.stages)}, settings, max_videos=4, poll_seconds=0.05)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
+        runner = self.runner = self.new_runner()
+
+        async def wake() -> None:
+            runner.wake()
+
+        api = create_api(self.store, self.videos_dir, {"tiny": self.bundle}, wake)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            working = asyncio.create_task(runner.run())
+            try:
+                url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+                async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                    yield client
+            finally:
+                working.cancel()
+                await asyncio.wait({working})
+                server.should_exit = True
+                await serving
+
+
+@pytest.fixture
+async def service(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[Service]:
+    async with LocalPipeline.open(tiny_bundle) as pipeline:
+        yield Service(tiny_bundle, pipeline, tmp_path)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Bounded by the test's own time limit."""
+    while not holds():  # noqa: ASYNC110 - nothing here could set an event
+        await asyncio.sleep(0.001)
+
+
+async def in_state(service: Service, video_id: str, good: Callable[[VideoStatus], bool]) -> Video:
+    while True:
+        video = await service.store.get(video_id)
+        if video is not None and good(video.status):
+            return video
+        await asyncio.sleep(0.01)
+
+
+async def ended(service: Service, video_id: str) -> Video:
+    return await in_state(service, video_id, lambda status: status.final)
+
+
+async def test_the_first_fragment_is_at_the_client_before_the_second_half_is_decoded(service: Service) -> None:
+    """By the order of events: the second half isn't decoded until the client says that it has the first fragment."""
+    decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=3)
+    received = b""
+    async with service.running() as client, client.stream("POST", "/v1/videos", json={**ASKED, "stream": True}) as got:
+        async for piece in got.aiter_raw():
+            received += piece
+            if b"mdat" in received:
+                decoder.gate.set()
+    video_id = got.headers["x-video-id"]
+    log = FragmentLog.open(service.videos_dir, video_id)
+    assert received == log.init() + b"".join(log.fragments())
+    assert len(log.entries()) == 6
+
+
+async def test_a_finished_video_has_its_file_before_it_is_called_completed(service: Service) -> None:
+    async with service.running() as client:
+        video_id = (await client.post("/v1/videos", json={**ASKED, "seconds": 1})).json()["id"]
+        video = await ended(service, video_id)
+        assert video.status is VideoStatus.COMPLETED
+        assert video.expires_at is not None
+        content = await client.get(f"/v1/videos/{video_id}/content")
+    assert content.content == finished_path(service.videos_dir, video_id).read_bytes()
+
+
+async def test_an_attempt_that_fails_is_tried_again_and_then_said(service: Service) -> None:
+    service.stages["denoiser"] = BrokenDenoiser()
+    async with service.running() as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            # The connection is cut, so that a client can tell it from the end of a video.
+            await client.post("/v1/videos", json={**ASKED, "stream": True})
+        (log,) = service.videos_dir.iterdir()
+        video = await ended(service, log.name)
+    assert (video.status, video.attempt, video.error_code) == (VideoStatus.FAILED, 2, "generation_failed")
+    assert video.error_message == "denoiser.onnx: out of memory"
+
+
+async def test_a_cancelled_video_lets_go_of_the_denoiser(service: Service, tiny_bundle: Bundle) -> None:
+    async with service.running() as client:
+        steps = tiny_bundle.manifest.limits.max_steps
+        asked = {**ASKED, "seconds": tiny_bundle.manifest.limits.max_seconds, "num_inference_steps": steps}
+        video_id = (await client.post("/v1/videos", json=asked)).json()["id"]
+        denoiser = service.pipeline.denoiser
+        await until(lambda: denoiser.sessions == 1)
+        await service.store.request_cancel(video_id)
+        video = await ended(service, video_id)
+        assert (video.status, video.error_code) == (VideoStatus.FAILED, "cancelled")
+        assert denoiser.sessions == 0
+        assert denoiser.outstanding_tokens == 0
+        log = FragmentLog.open(service.videos_dir, video_id)
+        await until(lambda: log.end() is not None)
+
+
+async def test_a_stopped_runners_videos_go_back_and_the_next_one_makes_the_same_bytes(service: Service) -> None:
+    decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=2)
+    async with service.running() as client:
+        video_id = (await client.post("/v1/videos", json=ASKED)).json()["id"]
+        log = FragmentLog.open(service.videos_dir, video_id)
+        await until(lambda: len(log.entries()) == 2)
+    stopped = await service.store.get(video_id)
+    assert stopped is not None
+    assert (stopped.status, stopped.attempt) == (VideoStatus.QUEUED, 0)
+    half = list(log.fragments())
+
+    decoder.gate.set()
+    async with service.running():
+        assert (await ended(service, video_id)).status is VideoStatus.COMPLETED
+    assert list(log.fragments())[:2] == half
+    assert len(log.entries()) == 6
+
+
+async def test_draining_finishes_what_is_in_hand_and_leaves_the_queue(service: Service) -> None:
+    decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=0)
+    async with service.running() as client:
+        first = (await client.post("/v1/videos", json=ASKED)).json()["id"]
+        await in_state(service, first, lambda status: status is VideoStatus.IN_PROGRESS)
+        assert service.runner is not None
+        draining = asyncio.create_task(service.runner.drain())
+        await asyncio.sleep(0)
+        second = (await client.post("/v1/videos", json=ASKED)).json()["id"]
+        decoder.gate.set()
+        await draining
+    finished, waiting = await service.store.get(first), await service.store.get(second)
+    assert finished is not None
+    assert waiting is not None
+    assert (finished.status, waiting.status) == (VideoStatus.COMPLETED, VideoStatus.QUEUED)
