@@ -207,11 +207,13 @@ def _largest_patch(mask: BoolArray) -> tuple[NDArray[np.int64], NDArray[np.int64
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     y, left = np.nonzero(edges == 1)
     right = np.nonzero(edges == -1)[1]
+    if len(y) > 4 * len(mask):  # snow, not an object
+        return y[:0], left[:0], right[:0]
     parent = list(range(len(y)))
 
     def root(run: int) -> int:
         while parent[run] != run:
-            run = parent[run]
+            parent[run] = run = parent[parent[run]]
         return run
 
     runs = list(zip(y.tolist(), left.tolist(), right.tolist(), strict=True))
