@@ -23,7 +23,7 @@ from models.bundle import (
     TextInfo,
     sha256_of,
 )
-from models.wan import UnsupportedCheckpoint, WanCheckpoint
+from models.wan import UnsupportedCheckpointError, WanCheckpoint
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 TOKENIZER = "tokenizer.json"
@@ -34,8 +34,8 @@ Progress = Callable[[str], None]
 def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Progress = lambda line: None) -> Bundle:
     """Export a `WanPipeline` directory, verify every graph against torch, and put the bundle at `output`.
 
-    A bundle that is already there is replaced. `progress` gets one line a step. Raises `ExportError`; then `output` is as
-    it was before: the work happens in a sibling directory that is renamed at the end.
+    A bundle that is already there is replaced. `progress` gets one line a step. Raises `ExportError`; then `output` is
+    as it was before: the work happens in a sibling directory that is renamed at the end.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     if output.exists() and not (output / MANIFEST).is_file() and not _is_empty(output):
@@ -44,7 +44,7 @@ def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Prog
     progress(f"Loading {checkpoint}")
     try:
         parts = WanCheckpoint.load(checkpoint)
-    except (UnsupportedCheckpoint, OSError) as error:
+    except (UnsupportedCheckpointError, OSError) as error:
         raise ExportError(str(error)) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -61,7 +61,7 @@ def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Prog
 def _write(parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, progress: Progress) -> None:
     geometry = graphs.Geometry.probe(parts)
     if int(parts.transformer.config.in_channels) != geometry.channels:
-        raise ExportError("The denoiser and the VAE differ in their latent channels: this is no text-to-video checkpoint.")
+        raise ExportError("The denoiser and the VAE differ in their latent channels: no text-to-video.")
     specs = (
         graphs.text_encoder(parts, settings.max_tokens),
         graphs.denoiser(parts, settings.max_tokens),
@@ -75,7 +75,10 @@ def _write(parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, pro
     progress("Comparing streamed decoding with decoding in one go")
     first, following = (parity.open_session(folder / infos[name].file) for name in ("decoder_first", "decoder_next"))
     streaming = parity.streaming_error(parts, first, following)
-    infos["decoder_next"].parity["streaming"] = streaming
+    following_info = infos["decoder_next"]
+    infos["decoder_next"] = following_info.model_copy(
+        update={"parity": following_info.parity | {"streaming": streaming}}
+    )
     progress(f"Streamed decoding agrees within {streaming:.1e}")
     _copy_tokenizer(parts.tokenizer, folder / TOKENIZER)
 
@@ -86,9 +89,7 @@ def _write(parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, pro
         rollout="bidirectional",
         fps=settings.fps,
         chunk_latent_frames=settings.chunk_latent_frames,
-        text=TextInfo(
-            tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=int(parts.transformer.config.text_dim)
-        ),
+        text=TextInfo(tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=int(parts.transformer.config.text_dim)),
         latent=LatentInfo(
             channels=geometry.channels, spatial=geometry.spatial, temporal=geometry.temporal, patch=int(patch)
         ),

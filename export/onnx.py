@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class Graph:
     module: nn.Module
     example: Feeds
     outputs: tuple[str, ...]
-    dynamic_shapes: Mapping[str, Any]
+    dynamic_shapes: dict[str, Any]
     weights: str
     cases: tuple[Feeds, ...]
     exportable: AbstractContextManager[None] = field(default_factory=nullcontext)
@@ -127,7 +127,7 @@ def _clean(model: onnx.ModelProto) -> None:
 
 
 def _move_weights(model: onnx.ModelProto, folder: Path, weights: WeightFile) -> None:
-    """Large initialisers go to the weight file: as fp16 with a Cast where that loses nothing, which ORT folds on loading.
+    """Large initialisers go to the weight file: as fp16 with a Cast where that loses nothing; ORT folds it on loading.
 
     A checkpoint saved in fp16 thus makes a bundle of the same size that still computes in fp32.
     """
@@ -166,14 +166,14 @@ def _bytes_of(tensor: Any, folder: Path) -> bytes | None:
         place = {entry.key: entry.value for entry in tensor.external_data}
         with (folder / place["location"]).open("rb") as file:
             file.seek(int(place.get("offset", 0)), os.SEEK_SET)
-            data = file.read(int(place["length"]))
+            data: bytes = file.read(int(place["length"]))
         if len(data) < EXTERNAL_BYTES:
             tensor.raw_data = data
             del tensor.external_data[:]
             tensor.data_location = TensorProto.DEFAULT
             return None
         return data
-    return tensor.raw_data if len(tensor.raw_data) >= EXTERNAL_BYTES else None
+    return bytes(tensor.raw_data) if len(tensor.raw_data) >= EXTERNAL_BYTES else None
 
 
 def _tensors(values: Any) -> tuple[TensorInfo, ...]:
@@ -184,7 +184,7 @@ def _tensor(value: Any) -> TensorInfo:
     kind = value.type.tensor_type
     return TensorInfo(
         name=value.name,
-        dtype=np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name,  # type: ignore[arg-type]
+        dtype=np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name,
         shape=tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim),
     )
 

@@ -61,7 +61,9 @@ class CheckpointSettings(BaseModel):
         name = self.sampler.name or SAMPLERS.get(kind)
         shift = self.sampler.shift or scheduler.get("flow_shift") or scheduler.get("shift")
         if name is None or shift is None:
-            raise ExportError(f"The scheduler {kind} is unknown: give `sampler.name` and `sampler.shift` in {SETTINGS}.")
+            raise ExportError(
+                f"The scheduler {kind} is unknown: give `sampler.name` and `sampler.shift` in {SETTINGS}."
+            )
         return SamplerInfo(
             name=name,
             shift=shift,

@@ -9,11 +9,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-FORMAT = 1
+FORMAT: Final = 1
 MANIFEST = "bundle.json"
 
 GraphName = Literal["text_encoder", "denoiser", "decoder_first", "decoder_next"]
@@ -59,8 +59,8 @@ class TextInfo(_Strict):
 class LatentInfo(_Strict):
     """Latent geometry `[batch, channels, frames, height, width]` and its normalisation.
 
-    A video of F frames has `1 + (F - 1) / temporal` latent frames. The denoiser works on normalised latents; the decoder
-    graphs undo the normalisation themselves, so serving never needs the means.
+    A video of F frames has `1 + (F - 1) / temporal` latent frames. The denoiser works on normalised latents; the
+    decoder graphs undo the normalisation themselves, so serving never needs the means.
     """
 
     channels: PositiveInt
@@ -127,15 +127,11 @@ class Bundle:
         """Read `bundle.json` without touching the large files; `verify` does that. Raises `BundleError`."""
         root = Path(path)
         if not root.is_dir():
-            raise BundleError(
-                f"There is no bundle directory at {root}: check the path, or make one with `rushes export`."
-            )
+            raise BundleError(f"There is no bundle at {root}: check the path, or make one with `rushes export`.")
         try:
             data = (root / MANIFEST).read_bytes()
         except OSError as error:
-            raise BundleError(
-                f"{root} is not a bundle, since {MANIFEST} can't be read there: export it again."
-            ) from error
+            raise BundleError(f"{root} is no bundle, since {MANIFEST} can't be read there: export it again.") from error
         manifest = _parse(root, data)
         for graph in get_args(GraphName):
             if graph not in manifest.graphs:
@@ -180,9 +176,7 @@ class Bundle:
         path = self.root / name
         named = PurePosixPath(name)
         if named.is_absolute() or ".." in named.parts or not path.resolve().is_relative_to(self.root.resolve()):
-            raise BundleError(
-                f"The bundle {self.root} names '{name}', which lies outside of it: don't use this bundle."
-            )
+            raise BundleError(f"The bundle {self.root} names '{name}', which lies outside: don't use this bundle.")
         return path
 
 

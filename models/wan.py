@@ -29,7 +29,7 @@ CACHE_FRAMES = 2
 TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
 
 
-class UnsupportedCheckpoint(ValueError):
+class UnsupportedCheckpointError(ValueError):
     """The directory is no checkpoint of this family, or of a kind that is not served."""
 
 
@@ -45,25 +45,27 @@ class WanCheckpoint:
 
     @classmethod
     def load(cls, path: Path) -> WanCheckpoint:
-        """Read a diffusers-format `WanPipeline` directory, component by component. Raises `UnsupportedCheckpoint`."""
+        """Read a diffusers `WanPipeline` directory, part by part. Raises `UnsupportedCheckpointError`."""
         try:
             index = json.loads((path / "model_index.json").read_text())
         except (OSError, ValueError) as error:
-            raise UnsupportedCheckpoint(f"{path} has no readable model_index.json: give a diffusers directory.") from error
+            raise UnsupportedCheckpointError(f"{path} has no readable model_index.json.") from error
         if index.get("_class_name") != "WanPipeline":
-            raise UnsupportedCheckpoint(f"{path} holds a {index.get('_class_name')}, but only WanPipeline is supported.")
+            raise UnsupportedCheckpointError(
+                f"{path} holds a {index.get('_class_name')}, but only WanPipeline is supported."
+            )
         if any(index.get("transformer_2") or ()):
-            raise UnsupportedCheckpoint(f"{path} has two transformers (Wan 2.2 A14B), which is not supported.")
+            raise UnsupportedCheckpointError(f"{path} has two transformers (Wan 2.2 A14B), which is not supported.")
         tokenizer = path / "tokenizer" / "tokenizer.json"
         if not tokenizer.is_file():
-            raise UnsupportedCheckpoint(f"{path} has no tokenizer/tokenizer.json: save its tokenizer in the fast format.")
+            raise UnsupportedCheckpointError(f"{path} has no tokenizer/tokenizer.json: save the fast tokenizer.")
         kind = (index.get("text_encoder") or [None, None])[1]
         if kind not in TEXT_ENCODERS:
-            raise UnsupportedCheckpoint(f"{path} has the text encoder {kind}: only {', '.join(TEXT_ENCODERS)} are supported.")
+            raise UnsupportedCheckpointError(f"{path} has the text encoder {kind}: it must be one of {TEXT_ENCODERS}.")
         local: dict[str, Any] = {"local_files_only": True}
         transformer = WanTransformer3DModel.from_pretrained(path / "transformer", torch_dtype=torch.float32, **local)
         if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
-            raise UnsupportedCheckpoint(f"{path} needs an image as input; only text-to-video is supported.")
+            raise UnsupportedCheckpointError(f"{path} needs an image as input; only text-to-video is supported.")
         return cls(
             text_encoder=getattr(transformers, kind)
             .from_pretrained(path / "text_encoder", dtype=torch.float32, **local)
@@ -76,7 +78,7 @@ class WanCheckpoint:
 
 
 class TextEncoder(nn.Module):
-    """`input_ids`, `attention_mask` int64 `[batch, tokens]` to `hidden_states` `[batch, tokens, dim]`, zero where masked.
+    """`input_ids`, `attention_mask` int64 `[batch, tokens]` to `hidden_states` `[batch, tokens, dim]`, zero if masked.
 
     `WanPipeline` cuts the states off behind the prompt and pads with zeros, which is the same.
     """
@@ -110,11 +112,15 @@ class Denoiser(nn.Module):
             self.transformer.set_attn_processor(original)
 
     def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        # Each input has its own symbol for the batch; the export must know that they are one.
-        torch._check(timestep.shape[0] == latents.shape[0])
-        torch._check(encoder_hidden_states.shape[0] == latents.shape[0])
+        _same_batch(latents, timestep, encoder_hidden_states)
         velocity: Tensor = self.transformer(latents, timestep, encoder_hidden_states, return_dict=False)[0]
         return velocity
+
+
+def _same_batch(first: Tensor, *others: Tensor) -> None:
+    """Each input has its own symbol for the batch; the export must be told that they are one."""
+    for other in others:
+        torch._check(other.shape[0] == first.shape[0])  # type: ignore[no-untyped-call]
 
 
 class AttentionProcessor:
@@ -141,7 +147,7 @@ class AttentionProcessor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on neighbouring pairs of `[batch, tokens, heads, dim]`."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
@@ -191,7 +197,7 @@ def _upsample(resample: Any, x: Tensor, caches: _Caches) -> Tensor:
             x = torch.stack((x[:, 0], x[:, 1]), dim=3).reshape(batch, channels, 2 * frames, height, width)
             frames = 2 * frames
     x = resample.resample(x.transpose(1, 2).flatten(0, 1))
-    return x.unflatten(0, (batch, frames)).transpose(1, 2)  # type: ignore[no-any-return]
+    return x.unflatten(0, (batch, frames)).transpose(1, 2)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _up_block(block: Any, x: Tensor, caches: _Caches) -> Tensor:
@@ -203,8 +209,18 @@ def _up_block(block: Any, x: Tensor, caches: _Caches) -> Tensor:
     if upsampler is not None:
         x = _upsample(upsampler, x, caches)
     if getattr(block, "avg_shortcut", None) is not None:
-        x = x + block.avg_shortcut(before, first_chunk=caches.first)
+        x = x + _duplicate(block.avg_shortcut, before, caches.first)
     return x
+
+
+def _duplicate(shortcut: Any, x: Tensor, first: bool) -> Tensor:
+    """A `DupUp3D`, with an expand for its `repeat_interleave`, which ONNX would make an index gather of."""
+    batch, _, frames, height, width = x.shape
+    out, in_time, in_space = shortcut.out_channels, shortcut.factor_t, shortcut.factor_s
+    x = x.unsqueeze(2).expand(-1, -1, shortcut.repeats, -1, -1, -1)
+    x = x.reshape(batch, out, in_time, in_space, in_space, frames, height, width).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.reshape(batch, out, frames * in_time, height * in_space, width * in_space)
+    return x[:, :, in_time - 1 :] if first else x
 
 
 def _decode(vae: Any, latents: Tensor, caches: _Caches) -> Tensor:
@@ -248,9 +264,8 @@ class DecoderFirst(_Decoder):
 
 
 class DecoderNext(_Decoder):
-    """`t` more latent frames and the caches to `frames` uint8 `[batch, 4 t, H, W, 3]`, `pixels`, and the next caches."""
+    """`t` more latent frames and the caches to `frames` uint8 `[batch, 4 t, H, W, 3]`, `pixels`, the next caches."""
 
     def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        for cache in caches:
-            torch._check(cache.shape[0] == latents.shape[0])
+        _same_batch(latents, *caches)
         return self.decode(latents, _Caches(caches))

@@ -1,0 +1,43 @@
+"""Fixtures for everyone: a tiny real checkpoint, and the bundle that `rushes export` makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from models.bundle import MANIFEST, Bundle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_checkpoint
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    build_tiny_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(request: pytest.FixtureRequest) -> Bundle:
+    """Exported once for each state of the exporter: pytest's cache keeps it, since tracing takes most of a minute."""
+    path = request.config.cache.mkdir("tiny-bundle") / _state_of_the_exporter()  # type: ignore[union-attr]
+    if not (path / MANIFEST).exists():
+        from export.checkpoint import export_checkpoint
+
+        export_checkpoint(request.getfixturevalue("tiny_checkpoint"), path)
+    return Bundle.load(path)
+
+
+def _state_of_the_exporter() -> str:
+    digest = hashlib.sha256()
+    sources = [*sorted((ROOT / "export").glob("*.py")), *(ROOT / "models" / name for name in ("wan.py", "bundle.py"))]
+    for path in [*sources, ROOT / "tests" / "tiny.py"]:
+        digest.update(path.read_bytes())
+    for library in ("torch", "diffusers", "transformers", "onnx"):
+        digest.update(version(library).encode())
+    return digest.hexdigest()[:16]
