@@ -1,8 +1,8 @@
 """How good the bundled model is: `python -m models.mini.evaluate` asks the service for held-out clips and judges them.
 
-The prompts name attribute combinations that training never saw; seeds are fixed and settings are the model's defaults, so
-two runs on one bundle give the same figures. Videos come over HTTP, as a user's do. Without `--url` a service of
-its own is started and stopped.
+The prompts name attribute combinations that training never saw; seeds are fixed and settings are the model's defaults,
+so two runs on one bundle give the same figures. Videos come over HTTP, as a user's do. Without `--url` a service of its
+own is started and stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 @contextmanager
 def service(bundle: Path | None, console: Console) -> Iterator[str]:
-    """URL of a service that lives as long as the context. Raises `RuntimeError` with its last words if it won't start."""
+    """URL of a service that lives as long as the context. Raises `RuntimeError` with its last words if it can't."""
     with tempfile.TemporaryDirectory(prefix="rushes-evaluate-") as folder, (Path(folder) / "log").open("w+") as log:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -149,10 +149,10 @@ async def _make(client: httpx.AsyncClient, prompt: str, seed: int) -> bytes:
         raise RuntimeError(f"{prompt!r}: {answer.text}")
     video_id = answer.json()["id"]
     async with asyncio.timeout(_VIDEO_SECONDS):
-        while (video := (await client.get(f"/v1/videos/{video_id}")).raise_for_status().json())["status"] in (
-            "queued",
-            "in_progress",
-        ):
+        while True:
+            video = (await client.get(f"/v1/videos/{video_id}")).raise_for_status().json()
+            if video["status"] not in ("queued", "in_progress"):
+                break
             await asyncio.sleep(0.2)
     if video["status"] != "completed":
         raise RuntimeError(f"{prompt!r}: {video['error']}")
@@ -259,11 +259,11 @@ def main() -> None:
     console = Console()
     wanted = held_out(options.prompts)
     prompts = [canonical(attributes) for attributes in wanted]
-    if options.url:
-        videos = asyncio.run(generate(options.url, prompts, options.in_flight, console))
-    else:
-        with service(options.bundle, console) as url:
+    try:
+        with nullcontext(options.url) if options.url else service(options.bundle, console) as url:
             videos = asyncio.run(generate(url, prompts, options.in_flight, console))
+    except (RuntimeError, TimeoutError, httpx.HTTPError) as error:
+        sys.exit(f"evaluate: {error or type(error).__name__}")
     clips = [decode(video) for video in videos]
     scores = score(wanted, clips)
     console.print(table(scores))
