@@ -97,7 +97,7 @@ class Captioned(nn.Module):
 
 
 def train_dit(run: Run) -> None:
-    """Short clips (17 frames) for the first half of the time, whole ones after; captions dropped for guidance."""
+    """Short clips (17 frames) for the first 60 % of the time, whole ones after; captions dropped for guidance."""
     latents, attributes = load_latents(run.folder)
     mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(run.folder))
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 5])
@@ -110,7 +110,7 @@ def train_dit(run: Run) -> None:
     weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None]
 
     def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        frames, batch = (5, 24) if progress < 0.5 else (9, 16)
+        frames, batch = (5, 16) if progress < 0.6 else (9, 12)
         chosen = rng.integers(len(latents), size=batch)
         clean = torch.from_numpy((latents[chosen, :, :frames].astype(np.float32) - mean) / std)
         prompts = ["" if rng.random() < CAPTION_DROPOUT else caption(attributes[i], rng) for i in chosen]
@@ -130,9 +130,9 @@ def train_dit(run: Run) -> None:
         return loss, {f"loss{frames}": loss.item()}
 
     def report(step: int) -> dict[str, float]:
-        if step % (3 * run.save_every):
+        if step % (5 * run.save_every):
             return {}
-        return score_samples(run.folder, text, transformer, 16)
+        return score_samples(run.folder, text, transformer, 12)
 
     train(run, {"text": text, "transformer": transformer}, step, report)
 
