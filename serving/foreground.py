@@ -23,7 +23,7 @@ from serving.deployments.local import LocalService, free_port, local_service
 _TRY_IT = """\
 [bold]{url}[/]  serves {models}; videos are kept in {data_dir}
 
-  curl -N {url}/v1/videos -H 'Content-Type: application/json' \\\\
+  curl -N {url}/v1/videos -H 'Content-Type: application/json' \\
     -d '{body}' > ball.mp4
 
 Ctrl-C stops it."""

@@ -6,10 +6,13 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+
+import httpx
 
 from serving.config import ConfigError, ServiceConfig
 
@@ -22,9 +25,20 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_enable_metrics_collection": "0",
+    # Ray lowers its workers' priority by 15, which on a busy machine leaves them next to nothing.
+    "RAY_worker_niceness": "0",
+    # Ray kills an HTTP proxy that takes more than 5 s to start, again and again: a busy laptop takes longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_worker_register_timeout_seconds": "180",
 }
 # Latents and fragments in flight; Ray would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
+_PROXY_SECONDS = 120
+
+
+class StartError(OSError):
+    """Ray or one of its replicas did not start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +61,66 @@ class LocalService:
 
 @contextmanager
 def local_service(config: ServiceConfig) -> Iterator[LocalService]:
-    """Start everything, and stop all of it on the way out. Raises `ConfigError` for what can't be started with."""
+    """Start everything, and stop all of it on the way out.
+
+    Raises `ConfigError` for what can't be started with, and `StartError` when Ray doesn't come up.
+    """
     config = config.resolved()
+    url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
     _check_port(config.host, config.port)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
 
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from serving.deployments.app import build_app
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=max(math.ceil(config.cores()), os.cpu_count() or 1),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        configure_logging=True,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": config.host, "port": config.port, "request_timeout_s": None},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        serve.run(build_app(config), name=APP_NAME, route_prefix="/")
-        host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
-        yield LocalService(f"http://{host}:{config.port}", serve.get_deployment_handle("runner", APP_NAME))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(math.ceil(config.cores()), os.cpu_count() or 1),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
+            _start_serve(serve, config)
+            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+            _wait_for_proxy(url)
+        except (RayError, RuntimeError, TimeoutError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise StartError(f"the service did not start: {said} (Ray's logs: /tmp/ray/session_latest/logs)") from error
+        yield LocalService(url, serve.get_deployment_handle("runner", APP_NAME))
     finally:
         # The replicas die with this Ray: whoever wants to wait for their work drains first.
         with suppress(Exception):
             serve.context._set_global_client(None)
         ray.shutdown()
+
+
+def _start_serve(serve: Any, config: ServiceConfig) -> None:
+    options = {"host": config.host, "port": config.port, "request_timeout_s": None}
+    logging_config = {"log_level": "WARNING", "enable_access_log": False}
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+    except TimeoutError:
+        # Ray waits a minute for its HTTP proxy and no longer. Its controller goes on, and can be joined.
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+
+
+def _wait_for_proxy(url: str) -> None:
+    """The replicas are there; the proxy learns of them, and may itself still be starting."""
+    give_up_at = time.monotonic() + _PROXY_SECONDS
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", trust_env=False).is_success:
+                return
+        if time.monotonic() > give_up_at:
+            raise TimeoutError(f"nothing answers at {url}")
+        time.sleep(0.05)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
