@@ -33,6 +33,13 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Bundle:
     return Bundle.load(path)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test that needs the bundle waits for its export, which takes minutes on a busy machine."""
+    for item in items:
+        if "tiny_bundle" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 def _state_of_the_exporter() -> str:
     digest = hashlib.sha256()
     sources = [*sorted((ROOT / "export").glob("*.py")), *(ROOT / "models" / name for name in ("wan.py", "bundle.py"))]

@@ -86,10 +86,11 @@ def tiny_transformer() -> Any:
 
 
 def tiny_vae(residual: bool = True) -> Any:
-    """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and 8x smaller."""
-    style: dict[str, Any] = {"temperal_downsample": [False, True, True]}
+    """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and (here) 4x smaller."""
+    style: dict[str, Any] = {"dim_mult": [1, 2, 4], "temperal_downsample": [True, True]}
     if residual:
         style = {
+            "dim_mult": [1, 2, 4, 4],
             "temperal_downsample": [True, True, False],
             "is_residual": True,
             "patch_size": 2,
@@ -103,7 +104,6 @@ def tiny_vae(residual: bool = True) -> Any:
             base_dim=4,
             decoder_base_dim=4,
             z_dim=CHANNELS,
-            dim_mult=[1, 2, 4, 4],
             num_res_blocks=1,
             attn_scales=[],
             latents_mean=[0.1 * (index % 5 - 2) for index in range(CHANNELS)],
