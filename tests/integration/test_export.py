@@ -1,0 +1,372 @@
+"""`rushes export`: the graphs do what diffusers and transformers do, and what is left on disk is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import WanPipeline
+from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM, tiny_vae
+from tokenizers import Tokenizer
+
+from export import checkpoint as export_checkpoint_module
+from export import graphs, parity
+from export.checkpoint import export_checkpoint
+from export.onnx import ExportError, Graph, WeightFile, export_graph, leaks
+from export.settings import CheckpointSettings
+from models.bundle import Bundle
+from models.wan import DecoderFirst, DecoderNext, WanCheckpoint
+
+# Exporting takes most of a minute of a free core, and this machine may be busy.
+pytestmark = pytest.mark.timeout(900)
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint: Path) -> Any:
+    pipeline = WanPipeline.from_pretrained(tiny_checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def sessions(tiny_bundle: Bundle) -> dict[str, Any]:
+    return {name: parity.open_session(tiny_bundle.path_of(name), threads=1) for name in tiny_bundle.manifest.graphs}
+
+
+def denormalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """As `WanPipeline.__call__` does before `vae.decode`."""
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    return latents / std + mean
+
+
+def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> None:
+    tiny_bundle.verify()
+    manifest = tiny_bundle.manifest
+    assert (manifest.name, manifest.fps, manifest.chunk_latent_frames) == ("tiny", 16, 3)
+    assert (manifest.text.max_tokens, manifest.text.dim) == (MAX_TOKENS, TEXT_DIM)
+    assert manifest.latent.model_dump() == {"channels": CHANNELS, "spatial": 16, "temporal": 4, "patch": 2}
+    assert manifest.sampler.model_dump() == {
+        "name": "unipc",
+        "shift": 3.0,
+        "num_train_timesteps": 1000,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+    }
+    assert set(manifest.versions) == {"torch", "diffusers", "transformers", "onnx", "opset"}
+    for graph in manifest.graphs.values():
+        assert set(graph.parity) >= {tensor.name for tensor in graph.outputs}
+        assert all(error <= TOLERANCE for name, error in graph.parity.items() if name != "frames")
+        assert len(graph.verified_shapes) >= 4
+    assert 0 <= manifest.graphs["decoder_next"].parity["streaming"] <= TOLERANCE
+
+
+def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
+    found = {
+        name: (
+            {tensor.name: tensor.dtype for tensor in graph.inputs},
+            {tensor.name: tensor.dtype for tensor in graph.outputs},
+        )
+        for name, graph in tiny_bundle.manifest.graphs.items()
+    }
+    caches = [name for name in found["decoder_first"][1] if name.startswith("cache_")]
+    assert caches == [f"cache_{index:02}" for index in range(len(caches))]
+    decoded = {"frames": "uint8", "pixels": "float32"}
+    assert found == {
+        "text_encoder": ({"input_ids": "int64", "attention_mask": "int64"}, {"hidden_states": "float32"}),
+        "denoiser": (
+            {"latents": "float32", "timestep": "float32", "encoder_hidden_states": "float32"},
+            {"velocity": "float32"},
+        ),
+        "decoder_first": ({"latents": "float32"}, decoded | dict.fromkeys(caches, "float32")),
+        "decoder_next": (
+            {"latents": "float32"} | dict.fromkeys(caches, "float32"),
+            decoded | {f"next_{name}": "float32" for name in caches},
+        ),
+    }
+    first, following = (tiny_bundle.manifest.graphs[name] for name in ("decoder_first", "decoder_next"))
+    shapes = {tensor.name: tensor.shape for tensor in first.outputs}
+    assert {tensor.name: tensor.shape for tensor in following.inputs if tensor.name in caches} == {
+        name: shapes[name] for name in caches
+    }
+    assert all(shapes[name][2] == 2 for name in caches)
+
+
+def test_the_text_encoder_is_the_pipelines_own(tiny_bundle: Bundle, pipe: Any, sessions: dict[str, Any]) -> None:
+    prompts = ["a red ball bouncing", "", "Ein Würfel, der sich dreht " * 9, "猫"]
+    tokenizer = Tokenizer.from_file(str(tiny_bundle.tokenizer))
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    ids = [tokens if len(tokens) <= MAX_TOKENS else [*tokens[: MAX_TOKENS - 1], 1] for tokens in ids]
+    input_ids = np.array([tokens + [0] * (MAX_TOKENS - len(tokens)) for tokens in ids])
+    mask = np.array([[1] * len(tokens) + [0] * (MAX_TOKENS - len(tokens)) for tokens in ids])
+    (got,) = sessions["text_encoder"].run(None, {"input_ids": input_ids, "attention_mask": mask})
+    with torch.no_grad():
+        expected = pipe._get_t5_prompt_embeds([p.strip() for p in prompts], max_sequence_length=MAX_TOKENS).numpy()
+    assert np.abs(got - expected).max() <= TOLERANCE
+    assert np.ptp(expected) > 0.5
+    assert not got[mask == 0].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (1, 9, 8, 8), (3, 2, 2, 6), (2, 5, 6, 4), (5, 3, 4, 4)])
+def test_the_denoiser_is_diffusers_transformer(shape: tuple[int, ...], pipe: Any, sessions: dict[str, Any]) -> None:
+    batch, *size = shape
+    random = torch.Generator().manual_seed(sum(shape))
+    latents = torch.randn(batch, CHANNELS, *size, generator=random)
+    timestep = torch.rand(batch, generator=random) * 1000
+    text = torch.randn(batch, MAX_TOKENS, TEXT_DIM, generator=random)
+    feeds = {"latents": latents, "timestep": timestep, "encoder_hidden_states": text}
+    (got,) = sessions["denoiser"].run(None, {name: value.numpy() for name, value in feeds.items()})
+    with torch.no_grad():
+        expected = pipe.transformer(latents, timestep, text, return_dict=False)[0].numpy()
+    assert got.shape == latents.shape
+    assert np.abs(got - expected).max() <= TOLERANCE
+    assert expected.std() > 0.1
+
+
+def chunkings(frames: int) -> list[Sequence[int]]:
+    return [
+        chunks for chunks in ([1] * frames, [3] * (frames // 3), [frames], [1, frames - 1]) if sum(chunks) == frames
+    ]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 9])
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 4, 6)])
+def test_streamed_decoding_is_full_decoding(
+    frames: int, size: tuple[int, int, int], pipe: Any, sessions: dict[str, Any]
+) -> None:
+    batch, height, width = size
+    latents = torch.randn(batch, CHANNELS, frames, height, width, generator=torch.Generator().manual_seed(frames))
+    with torch.no_grad():
+        whole = pipe.vae.decode(denormalised(pipe.vae, latents)).sample.numpy()
+    assert whole.shape == (batch, 3, 1 + 4 * (frames - 1), 16 * height, 16 * width)
+    for chunks in chunkings(frames):
+        streamed = list(parity.stream(sessions["decoder_first"], sessions["decoder_next"], latents, chunks))
+        assert np.abs(np.concatenate(streamed, axis=2) - whole).max() <= TOLERANCE
+
+
+def test_frames_are_the_pixels_rounded(sessions: dict[str, Any]) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, CHANNELS, 1, 4, 2), np.float32)
+    frames, pixels = sessions["decoder_first"].run(["frames", "pixels"], {"latents": latents})
+    assert frames.dtype == np.uint8
+    assert frames.shape == (2, 1, 64, 32, 3)
+    expected = np.round((pixels.transpose(0, 2, 3, 4, 1) + 1) * 127.5)
+    assert np.abs(frames - expected).max() <= 1
+    assert frames.std() > 10
+
+
+@pytest.fixture(scope="module")
+def wan21(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> tuple[Any, Any, Any]:
+    """The decoder of a Wan 2.1-style VAE (no shortcuts, no patches): its VAE and its two sessions."""
+    torch.manual_seed(1)
+    parts = WanCheckpoint.load(tiny_checkpoint)
+    parts = WanCheckpoint(parts.text_encoder, parts.transformer, tiny_vae(False), parts.scheduler, parts.tokenizer)
+    geometry = graphs.Geometry.probe(parts)
+    assert (geometry.spatial, geometry.temporal) == (4, 4)
+    folder = tmp_path_factory.mktemp("wan21")
+    weights = WeightFile(folder / "decoder.weights")
+    specs = graphs.decoders(parts, geometry)
+    for graph in specs:
+        export_graph(graph, weights)
+    opened = [parity.open_session(folder / graph.file, threads=1) for graph in specs]
+    for graph, session in zip(specs, opened, strict=True):
+        parity.graph_errors(graph, session)
+    return parts.vae, *opened
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 9])
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 4, 6)])
+def test_streamed_decoding_in_the_older_style(
+    frames: int, size: tuple[int, int, int], wan21: tuple[Any, Any, Any]
+) -> None:
+    vae, first, following = wan21
+    batch, height, width = size
+    latents = torch.randn(batch, CHANNELS, frames, height, width, generator=torch.Generator().manual_seed(frames))
+    with torch.no_grad():
+        whole = vae.decode(denormalised(vae, latents)).sample.numpy()
+    for chunks in chunkings(frames):
+        streamed = list(parity.stream(first, following, latents, chunks))
+        assert np.abs(np.concatenate(streamed, axis=2) - whole).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_walk_over_the_decoder_is_exact_in_torch(residual: bool) -> None:
+    """One frame a call takes the very same operations as diffusers."""
+    torch.manual_seed(2)
+    vae = tiny_vae(residual)
+    first, following = DecoderFirst(vae), DecoderNext(vae)
+    latents = torch.randn(1, CHANNELS, 4, 4, 6)
+    with torch.no_grad():
+        whole = vae.decode(latents * first.std + first.mean).sample
+        _, pixels, *caches = first(latents[:, :, :1])
+        streamed = [pixels]
+        for index in range(1, 4):
+            _, pixels, *caches = following(latents[:, :, index : index + 1], *caches)
+            streamed.append(pixels)
+    assert torch.equal(torch.cat(streamed, dim=2), whole)
+
+
+def test_graphs_carry_nothing_of_the_machine_they_were_made_on(tiny_bundle: Bundle) -> None:
+    for name in tiny_bundle.manifest.graphs:
+        path = tiny_bundle.path_of(name)
+        assert not list(leaks(onnx.load(path, load_external_data=False)))
+        data = path.read_bytes()
+        for trace in (b".py", b"site-packages", b"torch.nn", str(Path.home()).encode() + b"/", b"/tmp/"):
+            assert trace not in data
+        onnx.checker.check_model(path)
+
+
+def test_attention_rotates_without_scattering(tiny_bundle: Bundle) -> None:
+    model = onnx.load(tiny_bundle.path_of("denoiser"), load_external_data=False)
+    assert not [node for node in model.graph.node if node.op_type.startswith("Scatter")]
+
+
+def test_the_decoders_share_one_weight_file(tiny_bundle: Bundle) -> None:
+    places: dict[str, set[tuple[str, str]]] = {}
+    for name in ("decoder_first", "decoder_next"):
+        model = onnx.load(tiny_bundle.path_of(name), load_external_data=False)
+        entries = [{e.key: e.value for e in tensor.external_data} for tensor in model.graph.initializer]
+        places[name] = {(entry["offset"], entry["length"]) for entry in entries if entry}
+        assert {entry["location"] for entry in entries if entry} == {"decoder.weights"}
+    # Upsampling in time is the only part that the first frame doesn't use.
+    assert places["decoder_first"] < places["decoder_next"]
+
+
+def test_weights_that_fit_fp16_are_stored_in_it(tmp_path: Path) -> None:
+    class Layer(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(3)
+    module = Layer(64, 64, bias=False).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+
+    def size(name: str) -> int:
+        folder = tmp_path / name
+        folder.mkdir()
+        graph = Graph("denoiser", module, {"x": torch.ones(2, 64)}, ("y",), {"x": {0: batch}}, "w", ())
+        export_graph(graph, WeightFile(folder / "w"))
+        got = parity.open_session(folder / graph.file).run(None, {"x": np.ones((5, 64), np.float32)})[0]
+        with torch.no_grad():
+            assert np.abs(got - module(torch.ones(5, 64)).numpy()).max() < 1e-6
+        return (folder / "w").stat().st_size
+
+    assert size("full") == 64 * 64 * 4
+    module.weight.data = module.weight.data.half().float()
+    assert size("half") == 64 * 64 * 2
+
+
+# What goes wrong leaves nothing behind.
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refusal(checkpoint: Path, folder: Path) -> str:
+    output = folder / "bundle"
+    before = entries(folder)
+    with pytest.raises(ExportError) as caught:
+        export_checkpoint(checkpoint, output)
+    assert entries(folder) == before
+    return str(caught.value)
+
+
+@pytest.fixture
+def broken(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, copy)
+    return copy
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def test_no_checkpoint(folder: Path) -> None:
+    assert "model_index.json" in refusal(folder / "nothing", folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"_class_name": "CogVideoXPipeline"}, "only WanPipeline"),
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+        ({"text_encoder": ["transformers", "BertModel"]}, "text encoder BertModel"),
+    ],
+)
+def test_checkpoints_of_another_kind(broken: Path, folder: Path, change: dict[str, Any], words: str) -> None:
+    index = json.loads((broken / "model_index.json").read_text()) | change
+    (broken / "model_index.json").write_text(json.dumps(index))
+    assert words in refusal(broken, folder)
+
+
+@pytest.mark.parametrize("part", ["tokenizer/tokenizer.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_a_part_is_missing(broken: Path, folder: Path, part: str) -> None:
+    (broken / part).unlink()
+    assert refusal(broken, folder)
+
+
+def test_settings_are_read_strictly(broken: Path, folder: Path) -> None:
+    (broken / "rushes.json").write_text('{"sampler": {"stepz": 3}}')
+    assert "`sampler.stepz`" in refusal(broken, folder)
+
+
+def test_settings_by_default(tmp_path: Path) -> None:
+    path = tmp_path / "My Model_v1"
+    path.mkdir()
+    settings = CheckpointSettings.load(path)
+    assert settings.name == "my-model_v1"
+    sampler = settings.sampler_info({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0})
+    assert (sampler.name, sampler.shift) == ("euler", 5.0)
+    with pytest.raises(ExportError, match="DDIMScheduler"):
+        settings.sampler_info({"_class_name": "DDIMScheduler"})
+
+
+def test_a_place_that_holds_something_else_is_left_alone(tiny_checkpoint: Path, folder: Path) -> None:
+    (folder / "bundle").mkdir()
+    (folder / "bundle" / "thesis.txt").write_text("my only copy")
+    assert "is no bundle" in refusal(tiny_checkpoint, folder)
+    assert (folder / "bundle" / "thesis.txt").read_text() == "my only copy"
+
+
+def test_a_graph_that_differs_from_torch_makes_no_bundle(
+    tiny_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "TOLERANCE", 1e-12)
+    assert "text_encoder's hidden_states is off by" in refusal(tiny_checkpoint, folder)
+
+
+def test_an_interrupted_export_leaves_the_old_bundle(
+    tiny_checkpoint: Path, tiny_bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_bundle.root, folder / "bundle")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_checkpoint_module, "_graph", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tiny_checkpoint, folder / "bundle")
+    assert entries(folder) == ["bundle"]
+    Bundle.load(folder / "bundle").verify()
+
+
+def test_a_new_bundle_replaces_the_old_one(tiny_bundle: Bundle, folder: Path) -> None:
+    shutil.copytree(tiny_bundle.root, folder / "bundle")
+    shutil.copytree(tiny_bundle.root, folder / "new")
+    (folder / "bundle" / "left over").write_text("")
+    export_checkpoint_module._replace(folder / "new", folder / "bundle")
+    assert entries(folder) == ["bundle"]
+    assert entries(folder / "bundle") == entries(tiny_bundle.root)
