@@ -259,6 +259,7 @@ def main() -> None:
     console = Console()
     wanted = held_out(options.prompts)
     prompts = [canonical(attributes) for attributes in wanted]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the service is stopped too
     try:
         with nullcontext(options.url) if options.url else service(options.bundle, console) as url:
             videos = asyncio.run(generate(url, prompts, options.in_flight, console))

@@ -73,6 +73,7 @@ def judge(frames: NDArray[np.uint8]) -> Verdict:
     """Attributes of a clip `[frames, height, width, 3]`: RGB, `world.FPS` frames a second, the world's still camera."""
     pixels = _smooth(_f32(frames) / np.float32(255))
     setting = _find_setting(pixels)
+    pixels = _without_drift(pixels, setting)
     strange = _distance_to_setting(pixels, setting)
     if np.minimum(strange, 0.25).mean() > _MAX_SETTING_ERROR:
         return Verdict(None, None, None, None, None, None)
@@ -129,6 +130,20 @@ def _find_setting(pixels: FloatArray) -> _Setting:
     like = _distance_to_setting(some, best)[:, near] < 0.08
     gain = float(np.clip(np.percentile(gains[like], 60), 0.9, 1.1)) if like.any() else 1.0
     return _setting(best.floor, best.light, height, width, round(gain * 50) / 50)
+
+
+def _without_drift(pixels: FloatArray, setting: _Setting) -> FloatArray:
+    """The frames with each one's floor and sky brought to the setting's colours: a decoder's hues may drift in time."""
+    horizon = int(np.argmax(np.abs(setting.lit - setting.dark).sum(-1).mean(-1) > 0.05))
+    distance = _distance_to_setting(pixels, setting)
+    steady = pixels.copy()
+    for part in (slice(0, horizon), slice(horizon, None)):
+        for index, frame in enumerate(pixels):
+            offset = (frame - setting.lit)[part]
+            like = distance[index, part] < 0.2
+            if like.mean() > 0.4:
+                steady[index, part] -= np.clip(np.median(offset[like], axis=0), -0.15, 0.15)
+    return steady
 
 
 def _distance_to_setting(pixels: FloatArray, setting: _Setting) -> FloatArray:
