@@ -96,9 +96,20 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
         yield LocalService(url, serve.get_deployment_handle("runner", APP_NAME))
     finally:
         # The replicas die with this Ray: whoever wants to wait for their work drains first.
-        with suppress(Exception):
-            serve.context._set_global_client(None)
+        if ray.is_initialized():
+            _forget_handles(serve)
         ray.shutdown()
+
+
+def _forget_handles(serve: Any) -> None:
+    """A handle's threads outlive Ray otherwise, and the first call that one of them makes starts another Ray.
+
+    `serve.shutdown()` does this too, but then waits for every replica in turn.
+    """
+    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        client.shutdown_cached_handles()
+    serve.context._set_global_client(None)
 
 
 def _start_serve(serve: Any, config: ServiceConfig) -> None:
