@@ -184,8 +184,11 @@ async def test_bodies_that_cannot_be_read(
     assert service.created() == 0
 
 
-async def test_a_video_object_has_openais_keys_and_the_settings(service: Service, client: httpx.AsyncClient) -> None:
-    asked = {"prompt": "a red ball", "seconds": "1", "size": "64x48", "seed": 7, "guidance_scale": 2}
+async def test_a_video_object_has_openais_keys_and_the_settings(
+    service: Service, client: httpx.AsyncClient, tiny_bundle: Bundle
+) -> None:
+    size = f"{tiny_bundle.manifest.limits.max_side}x{tiny_bundle.manifest.limits.min_side}"
+    asked = {"prompt": "a red ball", "seconds": "1", "size": size, "seed": 7, "guidance_scale": 2}
     response = await client.post("/v1/videos", json=asked)
     assert response.status_code == 200, response.text
     video = response.json()
@@ -200,7 +203,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(service: Service
         "completed_at": None,
         "expires_at": None,
         "prompt": "a red ball",
-        "size": "64x48",
+        "size": size,
         "seconds": "1",
         "remixed_from_video_id": None,
         "error": None,
