@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,8 +99,7 @@ def export_graph(graph: Graph, weights: WeightFile) -> tuple[tuple[TensorInfo, .
 
 def _trace(graph: Graph) -> Any:
     # no_grad: with gradients on, the sdpa attention of transformers' T5 does not decompose.
-    with warnings.catch_warnings(), torch.no_grad(), graph.exportable:
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad(), graph.exportable:
         try:
             return torch.onnx.export(
                 graph.module,
@@ -114,6 +114,18 @@ def _trace(graph: Graph) -> Any:
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ExportError(f"The {graph.name} can't be exported: {reason[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch tells at length what it skips (torchvision, a folding); what matters is checked afterwards."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _clean(model: onnx.ModelProto) -> None:

@@ -62,6 +62,8 @@ class WanCheckpoint:
         kind = (index.get("text_encoder") or [None, None])[1]
         if kind not in TEXT_ENCODERS:
             raise UnsupportedCheckpointError(f"{path} has the text encoder {kind}: it must be one of {TEXT_ENCODERS}.")
+        # Its progress bar would cut through ours.
+        transformers.utils.logging.disable_progress_bar()
         local: dict[str, Any] = {"local_files_only": True}
         transformer = WanTransformer3DModel.from_pretrained(path / "transformer", torch_dtype=torch.float32, **local)
         if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:

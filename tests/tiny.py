@@ -86,8 +86,8 @@ def tiny_transformer() -> Any:
 
 
 def tiny_vae(residual: bool = True) -> Any:
-    """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and (here) 4x smaller."""
-    style: dict[str, Any] = {"dim_mult": [1, 2, 4], "temperal_downsample": [True, True]}
+    """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and (here) 2x smaller."""
+    style: dict[str, Any] = {"dim_mult": [1, 2], "temperal_downsample": [True]}
     if residual:
         style = {
             "dim_mult": [1, 2, 4, 4],
