@@ -201,7 +201,7 @@ def contact_sheet(scores: Scores, clips: list[Frames], path: Path, columns: int 
         caption = canonical(scores.attributes[row])
         seen = ", ".join(f"{name}: {getattr(scores.verdicts[row], name)}" for name in wrong)
         draw.text((4, top + 3), f"{row} {caption}", fill="black")
-        draw.text((4 + columns * width * 5 // 8, top + 3), seen or "right", fill="firebrick" if wrong else "green")
+        draw.text((4 + columns * width * 9 // 16, top + 3), seen or "right", fill="firebrick" if wrong else "green")
         for column, frame in enumerate(np.linspace(0, len(clip) - 1, columns).round().astype(int)):
             sheet.paste(Image.fromarray(clip[frame]), (column * width, top + line))
     sheet.save(path)
