@@ -66,7 +66,9 @@ def train_vae(run: Run, decoder_only: bool) -> None:
         if progress < 0.65 and not decoder_only:
             clip = crops(pool, rng, 4, int(rng.choice([1, 5, 5, 9])), 64)
         else:
-            clip = crops(pool, rng, 2, int(rng.choice([5, 5, 9])), 128)
+            # Whole clips too: a causal convolution that only ever saw a clip's beginning drifts after it.
+            count, frames = ((2, 9), (1, world.FRAMES))[rng.integers(2)]
+            clip = crops(pool, rng, count, frames, 128)
         with torch.set_grad_enabled(not decoder_only):
             posterior = vae.encode(clip).latent_dist
             latents = posterior.mode()
@@ -91,5 +93,5 @@ def train_vae(run: Run, decoder_only: bool) -> None:
 def _held_out_clips(count: int) -> torch.Tensor:
     rng = np.random.default_rng(99)
     choices = [a for a in world.all_attributes() if a.held_out]
-    clips = [world.render(world.make_scene(choices[rng.integers(len(choices))], rng))[:17] for _ in range(count)]
+    clips = [world.render(world.make_scene(choices[rng.integers(len(choices))], rng)) for _ in range(count)]
     return to_tensor(np.stack(clips))
