@@ -158,7 +158,7 @@ def serve(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("demo.mp4"),
     prompt: Annotated[str, typer.Option(help="What to show.")] = "a red ball bouncing on a sand floor at sunset",
-    seconds: Seconds = 4,
+    seconds: Seconds = None,
     seed: Seed = 1,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
