@@ -15,8 +15,9 @@ from typing import get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from models.mini import world
-from models.mini.world import Attributes, Camera, Color, FloatArray, Floor, Light, Motion, Shape, Size, Sun
+from models.mini import rays, world
+from models.mini.rays import FloatArray, Shape
+from models.mini.world import Attributes, Camera, Color, Floor, Light, Motion, Size, Sun
 
 BoolArray = NDArray[np.bool_]
 
@@ -114,8 +115,8 @@ def _setting(floor: Floor, light: Light, height: int, width: int, gain: float) -
     attributes = Attributes("ball", "red", "small", "still", floor, light)
     sun = world.SUNS[light]
     empty = world.Scene(attributes, (), Camera.still(1), (red * gain, green * gain, blue * gain), sun, 1)
-    lit = world._background(empty, height, width)[0]
-    dark = world._background(replace(empty, sun=replace(sun, color=(0.0, 0.0, 0.0))), height, width)[0]
+    lit = world.background(empty, height, width)[0]
+    dark = world.background(replace(empty, sun=replace(sun, color=(0.0, 0.0, 0.0))), height, width)[0]
     return _Setting(floor, light, np.clip(lit, 0, 1), np.clip(dark, 0, 1))
 
 
@@ -150,9 +151,9 @@ def _distance_to_setting(pixels: FloatArray, setting: _Setting) -> FloatArray:
     """Distance `[frames, height, width]` of each pixel from the nearest mix of the setting's light and shadow."""
     span = setting.lit - setting.dark
     offset = pixels - setting.dark
-    share = world._dot(offset, span) / np.maximum(world._dot(span, span), 1e-6)
+    share = rays.dot(offset, span) / np.maximum(rays.dot(span, span), 1e-6)
     offset -= np.clip(share, 0, 1.05)[..., None] * span
-    return np.asarray(np.sqrt(world._dot(offset, offset)), np.float32)
+    return np.asarray(np.sqrt(rays.dot(offset, offset)), np.float32)
 
 
 # The object: colour and mask ------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def _surface(shape: Shape) -> FloatArray:
 def _project(shape: Shape, radius: float, center: tuple[float, float, float], yaw: float) -> FloatArray:
     """Support function `[angles]`, in frame heights, of an outline as the world's camera sees it."""
     points = _surface(shape)
-    turned = world._turn(points, np.full(len(points), yaw, np.float32)) * radius + _f32(center)
+    turned = rays.turn(points, np.full(len(points), yaw, np.float32)) * radius + _f32(center)
     seen = Camera.still(1).project(turned[:, None], 1, 1)[:, 0] - 0.5
     return np.asarray((seen @ _RAYS).max(0), np.float32)
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+from models.mini.rays import FAR, REACH, FloatArray, Shape, array, dot, intersect, turn, unit
+
 IntArray = NDArray[np.int64]
 
-Shape = Literal["ball", "cube", "cylinder", "cone"]
 Color = Literal["red", "green", "blue", "yellow", "purple", "orange", "white", "cyan"]
 Size = Literal["small", "large"]
 Motion = Literal["left", "right", "closer", "away", "bouncing", "spinning", "still"]
@@ -115,14 +115,14 @@ class Camera:
     @classmethod
     def still(cls, frames: int) -> Camera:
         return cls(
-            np.tile(_array([0.0, 1.7, 6.0]), (frames, 1)),
-            np.tile(_array([0.0, 0.6, 0.0]), (frames, 1)),
+            np.tile(array([0.0, 1.7, 6.0]), (frames, 1)),
+            np.tile(array([0.0, 0.6, 0.0]), (frames, 1)),
         )
 
     def basis(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Right, up and forward unit vectors, `[frames, 3]` each."""
-        forward = _unit(self.targets - self.positions)
-        right = _unit(np.cross(forward, _array([0.0, 1.0, 0.0])).astype(np.float32))
+        forward = unit(self.targets - self.positions)
+        right = unit(np.cross(forward, array([0.0, 1.0, 0.0])).astype(np.float32))
         return right, np.cross(right, forward).astype(np.float32), forward
 
     @property
@@ -135,16 +135,16 @@ class Camera:
         reach = np.float32(np.tan(np.radians(self.fov_degrees) / 2) / (height / 2))
         across = ((x - width / 2) * reach).astype(np.float32)[:, None]
         down = ((y - height / 2) * reach).astype(np.float32)[:, None]
-        return _unit(forward[frame] + right[frame] * across - up[frame] * down)
+        return unit(forward[frame] + right[frame] * across - up[frame] * down)
 
     def project(self, points: FloatArray, height: int, width: int) -> FloatArray:
         """Image points `[..., frames, 2]` (x, y in pixels) of world points `[..., frames, 3]`."""
         right, up, forward = self.basis()
         offset = points - self.positions
-        depth = np.maximum(_dot(offset, forward), 0.1)
+        depth = np.maximum(dot(offset, forward), 0.1)
         scale = height / (2 * np.tan(np.radians(self.fov_degrees) / 2))
-        x = width / 2 + scale * _dot(offset, right) / depth
-        y = height / 2 - scale * _dot(offset, up) / depth
+        x = width / 2 + scale * dot(offset, right) / depth
+        y = height / 2 - scale * dot(offset, up) / depth
         return np.stack([x, y], -1).astype(np.float32)
 
 
@@ -162,7 +162,7 @@ class Scene:
 
 def make_scene(attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES) -> Scene:
     """Place the object, choose its speed and shade within the attribute's range."""
-    time = _array(np.arange(frames) / FPS)
+    time = array(np.arange(frames) / FPS)
     radius = RADIUS[attributes.size] * rng.uniform(0.94, 1.06)
     centers, yaws = _path(attributes, time, radius, rng)
     rgb = np.clip(np.array(OBJECT_RGB[attributes.color]) * rng.uniform(0.94, 1.0) + rng.uniform(-0.015, 0.015, 3), 0, 1)
@@ -204,14 +204,10 @@ def _path(
 
 # Rendering ------------------------------------------------------------------------------------------------------------
 
-_FAR = np.float32(1e6)
-# Radius of each shape's bounding sphere, in units of the body's radius.
-_REACH: dict[Shape, float] = {"ball": 1.01, "cube": 1.75, "cylinder": 1.33, "cone": 1.43}
-
 
 def render(scene: Scene, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
     """The clip as `[frames, height, width, 3]` uint8 RGB."""
-    frames = _background(scene, height, width)
+    frames = background(scene, height, width)
     frame, y, x = np.nonzero(_busy_pixels(scene, height, width))
     samples = [
         _shade(scene, frame, scene.camera.directions(frame, y + dy, x + dx, height, width))
@@ -221,7 +217,7 @@ def render(scene: Scene, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
-def _background(scene: Scene, height: int, width: int) -> FloatArray:
+def background(scene: Scene, height: int, width: int) -> FloatArray:
     """Floor and sky, one sample a pixel: both are smooth, and a haze hides the horizon's edge."""
     frames = scene.frames if scene.camera.moves else 1
     frame, y, x = (axis.ravel() for axis in np.indices((frames, height, width)))
@@ -237,14 +233,14 @@ def _busy_pixels(scene: Scene, height: int, width: int) -> NDArray[np.bool_]:
     directions = scene.camera.directions(frame, y + 0.5, x + 0.5, height, width).reshape(frames, -1, 3)
     origin = scene.camera.positions[:frames, None]
     points = origin + directions * _floor_distance(origin, directions)[..., None]
-    sun = _unit(_array(scene.sun.direction))
+    sun = unit(array(scene.sun.direction))
     busy = np.zeros((scene.frames, height * width), np.bool_)
     for body in scene.bodies:
-        reach = _REACH[body.shape] * body.radius
+        reach = REACH[body.shape] * body.radius
         offset = body.centers[:, None] - origin
-        along = _dot(directions, offset)
+        along = dot(directions, offset)
         margin = 0.02 * along
-        busy |= (_dot(offset, offset) - np.square(along) < np.square(reach + margin)) & (along > 0)
+        busy |= (dot(offset, offset) - np.square(along) < np.square(reach + margin)) & (along > 0)
         busy |= (directions[..., 1] < 0) & _near_axis(body.centers[:, None] - points, sun, reach + 0.05)
     return busy.reshape(scene.frames, height, width)
 
@@ -253,19 +249,19 @@ def _shade(scene: Scene, frame: IntArray, directions: FloatArray) -> FloatArray:
     """Colours `[rays, 3]` of rays that start at the camera in their `frame` `[rays]`."""
     origin = scene.camera.positions[frame]
     color = _floor_and_sky(scene, frame, directions, scene.bodies)
-    nearest = np.full(len(frame), _FAR, np.float32)
+    nearest = np.full(len(frame), FAR, np.float32)
     sun = scene.sun
-    toward_sun = _unit(_array(sun.direction))
+    toward_sun = unit(array(sun.direction))
     for body in scene.bodies:
-        near = np.flatnonzero(_near_axis(body.centers[frame] - origin, directions, _REACH[body.shape] * body.radius))
+        near = np.flatnonzero(_near_axis(body.centers[frame] - origin, directions, REACH[body.shape] * body.radius))
         distance, normal = _intersect(body, frame[near], origin[near], directions[near])
         hit = distance < nearest[near]
         rays, normal = near[hit], normal[hit]
         nearest[rays] = distance[hit]
-        diffuse = np.maximum(normal @ toward_sun, 0)[:, None] * _array(sun.color) * 1.15
+        diffuse = np.maximum(normal @ toward_sun, 0)[:, None] * array(sun.color) * 1.15
         # A little light comes back from the floor: the shaded side keeps its form.
         bounce = 0.75 + 0.25 * normal[:, 1:2]
-        color[rays] = _array(body.rgb) * (diffuse + _array(sun.ambient) * bounce)
+        color[rays] = array(body.rgb) * (diffuse + array(sun.ambient) * bounce)
     return color
 
 
@@ -277,10 +273,10 @@ def _floor_and_sky(scene: Scene, frame: IntArray, directions: FloatArray, caster
     distance = _floor_distance(origin, directions)
     points = origin + directions * distance[:, None]
     light = _sunlight(casters, sun, frame, points, on_floor)[:, None]
-    lit = _array(sun.color) * _unit(_array(sun.direction))[1] * light
-    floor = _array(scene.floor_rgb) * (lit + _array(sun.ambient))
+    lit = array(sun.color) * unit(array(sun.direction))[1] * light
+    floor = array(scene.floor_rgb) * (lit + array(sun.ambient))
     height = np.clip(directions[:, 1:2] / np.float32(0.30), 0, 1)
-    sky = _array(sun.horizon) * (1 - height) + _array(sun.zenith) * height
+    sky = array(sun.horizon) * (1 - height) + array(sun.zenith) * height
     clear = np.where(on_floor, np.exp(-np.square(distance / np.float32(28))), np.float32(0))[:, None]
     return np.asarray(floor * clear + sky * (1 - clear), np.float32)
 
@@ -295,119 +291,32 @@ def _sunlight(
 ) -> FloatArray:
     """The share `[rays]` of the sun's disc that each floor point sees, from five rays to the disc."""
     light = np.ones(len(points), np.float32)
-    center = _unit(_array(sun.direction))
-    side = _unit(np.cross(center, _array([0, 0, 1])).astype(np.float32))
+    center = unit(array(sun.direction))
+    side = unit(np.cross(center, array([0, 0, 1])).astype(np.float32))
     other = np.cross(center, side).astype(np.float32)
-    spread = 0.07 * _array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    spread = 0.07 * array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     for body in casters:
-        reach = _REACH[body.shape] * body.radius
+        reach = REACH[body.shape] * body.radius
         near = np.flatnonzero(wanted & _near_axis(body.centers[frame] - points, center, reach))
         for u, v in spread:
-            direction = np.broadcast_to(_unit(center + u * side + v * other), (len(near), 3))
+            direction = np.broadcast_to(unit(center + u * side + v * other), (len(near), 3))
             distance, _ = _intersect(body, frame[near], points[near], direction)
-            light[near] -= (distance < _FAR) / np.float32(len(spread))
+            light[near] -= (distance < FAR) / np.float32(len(spread))
     return np.maximum(light, 0)
 
 
 def _near_axis(offset: FloatArray, direction: FloatArray, reach: float) -> NDArray[np.bool_]:
     """Whether the ray along `direction` passes within `reach` (and the sun's penumbra) of a centre at `offset`."""
-    along = _dot(offset, direction)
-    return np.asarray(_dot(offset, offset) - np.square(along) < np.square(reach + 0.1 * np.maximum(along, 0) * reach))
+    along = dot(offset, direction)
+    return np.asarray(dot(offset, offset) - np.square(along) < np.square(reach + 0.1 * np.maximum(along, 0) * reach))
 
 
 def _intersect(body: Body, frame: IntArray, origin: FloatArray, direction: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Distance `[rays]` (`_FAR` on a miss) and outward normal `[rays, 3]` in world axes."""
-    local_origin = _turn(origin - body.centers[frame], -body.yaws[frame]) / np.float32(body.radius)
-    local_direction = _turn(direction, -body.yaws[frame])
-    solver = {"ball": _ray_sphere, "cube": _ray_box, "cylinder": _ray_cylinder, "cone": _ray_cone}[body.shape]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance, normal = solver(local_origin, local_direction)
-    met = (distance > 1e-3) & (distance < _FAR)
-    distance = np.where(met, distance * np.float32(body.radius), _FAR).astype(np.float32)
-    return distance, _turn(normal, body.yaws[frame])
-
-
-# Each solver works on a body of radius 1 around the origin and returns distance and normal.
-
-
-def _ray_sphere(o: FloatArray, d: FloatArray) -> tuple[FloatArray, FloatArray]:
-    b = _dot(o, d)
-    root = np.square(b) - (_dot(o, o) - 1)
-    t = np.where(root > 0, -b - np.sqrt(np.maximum(root, 0)), _FAR)
-    return t, o + d * np.minimum(t, 1e3)[:, None]
-
-
-def _ray_box(o: FloatArray, d: FloatArray) -> tuple[FloatArray, FloatArray]:
-    d = np.where(np.abs(d) < 1e-7, np.float32(1e-7), d)
-    near = (-np.sign(d) - o) / d
-    far = (np.sign(d) - o) / d
-    t = np.maximum(np.maximum(near[:, 0], near[:, 1]), near[:, 2])
-    leave = np.minimum(np.minimum(far[:, 0], far[:, 1]), far[:, 2])
-    normal = -np.sign(d) * (near == t[:, None])
-    return np.where(t < leave, t, _FAR), normal.astype(np.float32)
-
-
-def _ray_cylinder(o: FloatArray, d: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Radius 0.85, from y = -1 to y = 1."""
-    r = 0.85
-    a = np.square(d[:, 0]) + np.square(d[:, 2])
-    b = o[:, 0] * d[:, 0] + o[:, 2] * d[:, 2]
-    c = np.square(o[:, 0]) + np.square(o[:, 2]) - r * r
-    root = np.square(b) - a * c
-    side = np.where(root > 0, (-b - np.sqrt(np.maximum(root, 0))) / a, _FAR)
-    side = np.where(np.abs(o[:, 1] + side * d[:, 1]) <= 1, side, _FAR)
-    cap_sign = -np.sign(d[:, 1])
-    cap = (cap_sign - o[:, 1]) / d[:, 1]
-    inside = np.square(o[:, 0] + cap * d[:, 0]) + np.square(o[:, 2] + cap * d[:, 2]) <= r * r
-    cap = np.where(inside, cap, _FAR)
-    t = np.minimum(side, cap)
-    p = o + d * np.minimum(t, 1e3)[:, None]
-    zero = np.zeros_like(t)
-    on_side = np.stack([p[:, 0], zero, p[:, 2]], -1) / r
-    return t, np.where((side <= cap)[:, None], on_side, np.stack([zero, cap_sign, zero], -1)).astype(np.float32)
-
-
-def _ray_cone(o: FloatArray, d: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Apex at y = 1, base of radius 1 at y = -1: x^2 + z^2 = k^2 (1 - y)^2 with k = 1/2."""
-    k2 = 0.25
-    h = o[:, 1] - 1
-    a = np.square(d[:, 0]) + np.square(d[:, 2]) - k2 * np.square(d[:, 1])
-    b = o[:, 0] * d[:, 0] + o[:, 2] * d[:, 2] - k2 * h * d[:, 1]
-    c = np.square(o[:, 0]) + np.square(o[:, 2]) - k2 * np.square(h)
-    root = np.sqrt(np.maximum(np.square(b) - a * c, 0))
-    side = np.full(len(a), _FAR, np.float32)
-    for t in ((-b - root) / a, (-b + root) / a):
-        y = o[:, 1] + t * d[:, 1]
-        valid = (np.square(b) - a * c > 0) & (np.abs(y) <= 1) & (t > 1e-3)
-        side = np.where(valid, np.minimum(side, t), side)
-    base = (-1 - o[:, 1]) / d[:, 1]
-    inside = np.square(o[:, 0] + base * d[:, 0]) + np.square(o[:, 2] + base * d[:, 2]) <= 1
-    base = np.where(inside & (d[:, 1] > 0), base, _FAR)
-    t = np.minimum(side, base)
-    p = o + d * np.minimum(t, 1e3)[:, None]
-    slope = _unit(np.stack([p[:, 0], k2 * (1 - p[:, 1]), p[:, 2]], -1).astype(np.float32))
-    zero = np.zeros_like(t)
-    return t, np.where((side <= base)[:, None], slope, np.stack([zero, zero - 1, zero], -1)).astype(np.float32)
-
-
-def _turn(vectors: FloatArray, yaws: FloatArray) -> FloatArray:
-    """Rotate about the y axis by `yaws` radians."""
-    cos, sin = np.cos(yaws), np.sin(yaws)
-    x, y, z = vectors[:, 0], vectors[:, 1], vectors[:, 2]
-    return np.stack([cos * x + sin * z, y, cos * z - sin * x], -1)
-
-
-def _array(values: Any) -> FloatArray:
-    return np.asarray(values, np.float32)
-
-
-def _dot(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Dot product over the last axis; five times faster than a reduction over three elements."""
-    return np.asarray(a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2], np.float32)
-
-
-def _unit(vectors: FloatArray) -> FloatArray:
-    return (vectors / np.maximum(np.sqrt(_dot(vectors, vectors)), 1e-9)[..., None]).astype(np.float32)
+    """Distance `[rays]` (`FAR` on a miss) and outward normal `[rays, 3]` in world axes."""
+    local_origin = turn(origin - body.centers[frame], -body.yaws[frame]) / np.float32(body.radius)
+    distance, normal = intersect(body.shape, local_origin, turn(direction, -body.yaws[frame]))
+    distance = np.where(distance < FAR, distance * np.float32(body.radius), FAR)
+    return distance.astype(np.float32), turn(normal, body.yaws[frame])
 
 
 def _rgb(values: NDArray[np.float64]) -> tuple[float, float, float]:
