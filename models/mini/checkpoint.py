@@ -22,7 +22,7 @@ SETTINGS = {
     "fps": FPS,
     "max_tokens": TEXT_LENGTH,
     "chunk_latent_frames": 3,
-    "sampler": {"name": "unipc", "num_inference_steps": 20, "guidance_scale": 3.0},
+    "sampler": {"name": "unipc", "num_inference_steps": 20, "guidance_scale": 2.0},
     "limits": {
         "default_size": [WIDTH, HEIGHT],
         "min_side": 64,

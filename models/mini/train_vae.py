@@ -67,7 +67,7 @@ def train_vae(run: Run, decoder_only: bool) -> None:
             clip = crops(pool, rng, 4, int(rng.choice([1, 5, 5, 9])), 64)
         else:
             # Whole clips too: a causal convolution that only ever saw a clip's beginning drifts after it.
-            count, frames = ((2, 9), (1, world.FRAMES))[rng.integers(2)]
+            count, frames = ((2, 9), (1, world.FRAMES))[int(rng.random() < 0.8)]
             clip = crops(pool, rng, count, frames, 128)
         with torch.set_grad_enabled(not decoder_only):
             posterior = vae.encode(clip).latent_dist
