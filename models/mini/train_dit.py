@@ -16,7 +16,7 @@ from torch import nn
 
 from models.mini import world
 from models.mini.captions import build_tokenizer, canonical, caption
-from models.mini.judge import judge
+from models.mini.evaluate import score
 from models.mini.networks import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
@@ -179,6 +179,5 @@ def score_samples(folder: Path, text: Captioned, transformer: nn.Module, count: 
     clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
     sheet = np.concatenate([np.concatenate(list(clip[::6]), 1) for clip in clips[:12]])
     Image.fromarray(sheet).save(folder / "samples.png")
-    rights = [judge(clip).right(a) for a, clip in zip(wanted, clips, strict=True)]
-    figures = {f"judged_{name}": float(np.mean([right[name] for right in rights])) for name in rights[0]}
-    return figures | {"judged_all": float(np.mean([all(right.values()) for right in rights]))}
+    accuracies = score(wanted, list(clips)).accuracies()
+    return {f"judged_{name}": share for name, share in accuracies.items()}

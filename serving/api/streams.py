@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
-from serving.jobs.fragment_log import FragmentLog, LogFailed
+from serving.jobs.fragment_log import FragmentLog, LogEnd
 from serving.jobs.store import VideoStatus, VideoStore
-
-# A video can fail without anybody writing to its log: cancelled in the queue, or after its last attempt.
-_LOOK_AT_STORE_SECONDS = 2.0
 
 
 async def follow_video(store: VideoStore, videos_dir: Path, video_id: str) -> AsyncIterator[bytes]:
@@ -19,21 +15,17 @@ async def follow_video(store: VideoStore, videos_dir: Path, video_id: str) -> As
 
     Raises `LogFailed` when it never will be: cutting the connection is how a client can tell that from the end.
     """
+
+    async def end_in_store() -> LogEnd | None:
+        """A video can fail without anybody writing to its log: cancelled in the queue, or after its last attempt."""
+        video = await store.get(video_id)
+        if video is None:
+            return LogEnd("failed", "The video is gone.")
+        if video.status is VideoStatus.FAILED:
+            return LogEnd(video.error_code or "failed", video.error_message or "The video is gone.")
+        return None
+
     log = FragmentLog.open(videos_dir, video_id)
-    async with aclosing(log.follow()) as parts:
-        while True:
-            following = asyncio.ensure_future(anext(parts, None))
-            try:
-                while not (await asyncio.wait({following}, timeout=_LOOK_AT_STORE_SECONDS))[0]:
-                    video = await store.get(video_id)
-                    if video is None or (video.status is VideoStatus.FAILED and log.end() is None):
-                        code = (video and video.error_code) or "failed"
-                        raise LogFailed(code, (video and video.error_message) or "The video is gone.")
-                part = following.result()
-            finally:
-                # The generator can be closed only when nothing is waiting inside it.
-                following.cancel()
-                await asyncio.wait({following})
-            if part is None:
-                return
+    async with aclosing(log.follow(ask_end=end_in_store)) as parts:
+        async for part in parts:
             yield part
