@@ -13,8 +13,9 @@ import torch
 from diffusers import WanPipeline
 
 from models.mini.captions import build_tokenizer, wrap_tokenizer
-from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer, build_vae
+from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
 from models.mini.train_dit import Captioned, latent_statistics
+from models.mini.train_vae import trained_vae
 from models.mini.world import FPS, FRAMES, HEIGHT, WIDTH
 
 SETTINGS = {
@@ -37,12 +38,10 @@ SETTINGS = {
 def assemble(folder: Path) -> WanPipeline:
     """The pipeline of the newest averaged weights in a training folder."""
     tokenizer = build_tokenizer()
-    text, transformer, vae = Captioned(tokenizer), build_transformer(), build_vae()
+    text, transformer, vae = Captioned(tokenizer), build_transformer(), trained_vae(folder)
     trained = torch.load(folder / "dit-averaged.pt", weights_only=True)
     text.load_state_dict(trained["text"])
     transformer.load_state_dict(trained["transformer"])
-    newest = next(p for name in ("decoder", "vae") if (p := folder / f"{name}-averaged.pt").exists())
-    vae.load_state_dict(torch.load(newest, weights_only=True)["vae"])
     mean, std = latent_statistics(folder)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     return WanPipeline(

@@ -23,9 +23,8 @@ from models.mini.networks import (
     TEXT_LENGTH,
     build_text_encoder,
     build_transformer,
-    build_vae,
 )
-from models.mini.train_vae import to_tensor
+from models.mini.train_vae import to_tensor, trained_vae
 from models.mini.training import Run, train
 from models.mini.world import Attributes
 
@@ -38,8 +37,7 @@ CAPTION_DROPOUT = 0.1
 @torch.no_grad()
 def cache_latents(run: Run, clips: int) -> None:
     """Render and encode this worker's share of `clips`; goes on where an earlier call stopped."""
-    vae = build_vae()
-    vae.load_state_dict(torch.load(run.folder / "vae-averaged.pt", weights_only=True)["vae"])
+    vae = trained_vae(run.folder)
     choices = [a for a in world.all_attributes() if not a.held_out]
     block = 8
     for first in range(run.rank * block, clips, run.workers * block):
@@ -170,9 +168,7 @@ def score_samples(folder: Path, text: Captioned, transformer: nn.Module, count: 
     rng = np.random.default_rng(4)
     held = [a for a in world.all_attributes() if a.held_out]
     wanted = [held[i] for i in rng.choice(len(held), count, replace=False)]
-    vae = build_vae()
-    newest = next(p for name in ("decoder", "vae") if (p := folder / f"{name}-averaged.pt").exists())
-    vae.load_state_dict(torch.load(newest, weights_only=True)["vae"])
+    vae = trained_vae(folder)
     mean, std = (torch.tensor(v)[None, :, None, None, None] for v in latent_statistics(folder))
     x = sample(text, transformer, [canonical(a) for a in wanted], 9, 16, 3.0) * std + mean
     decoded = torch.cat([vae.decode(part).sample for part in torch.split(x, 8)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 
 from models.mini import world
@@ -48,6 +49,14 @@ def crops(pool: NDArray[np.uint8], rng: np.random.Generator, count: int, frames:
             if busy > best:
                 best, batch[index] = busy, crop
     return to_tensor(batch)
+
+
+def trained_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE with its newest averaged weights; the `decoder` stage leaves the encoder as the `vae` stage made it."""
+    newest = next(path for stage in ("decoder", "vae") if (path := folder / f"{stage}-averaged.pt").exists())
+    vae = build_vae()
+    vae.load_state_dict(torch.load(newest, weights_only=True)["vae"])
+    return vae
 
 
 def train_vae(run: Run, decoder_only: bool) -> None:
