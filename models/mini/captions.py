@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from models.mini.world import Attributes, all_attributes
+from models.mini.rays import Shape
+from models.mini.world import Attributes, CameraMove, Color, Relation, Size, draw
 
 NOUNS = {
     "ball": ("ball", "ball", "sphere"),
@@ -37,47 +38,102 @@ LIGHTS = {
     "sunset": ("at sunset", "at dusk", "in the evening light", "under a setting sun"),
     "night": ("at night", "by night", "in the dark", "in moonlight"),
 }
-SPOKEN_EVERYWHERE = ("a video of", "a clip of", "there is", "we see")
+CAMERAS: dict[CameraMove, tuple[str, ...]] = {
+    "still": ("the camera stays still", "a static camera", "the camera does not move", "a fixed shot"),
+    "pan left": ("the camera pans left", "the camera pans to the left", "a pan to the left", "panning left"),
+    "pan right": (
+        "the camera pans right",
+        "the camera pans to the right",
+        "a pan to the right",
+        "the camera turns right",
+    ),
+    "orbit": (
+        "the camera orbits",
+        "the camera circles around",
+        "an orbiting camera",
+        "the camera moves around the scene",
+    ),
+    "zoom in": ("the camera zooms in", "a zoom in", "zooming in", "the camera slowly zooms in"),
+    "zoom out": ("the camera zooms out", "a zoom out", "zooming out", "the camera slowly zooms out"),
+}
+RELATIONS: dict[Relation, tuple[str, ...]] = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "in front of": ("in front of", "nearer than", "closer than"),
+    "behind": ("behind", "at the back of", "farther than"),
+}
+BEATS = ("then", "and then", "and after that", "before")
+SPOKEN_EVERYWHERE = ("a video of", "a clip of", "there is", "we see", "footage of", "a shot of")
 
 
 def canonical(attributes: Attributes) -> str:
-    """The plain caption that names every attribute."""
+    """The plain caption that names every attribute; a camera that isn't named stays still."""
     a = attributes
-    return f"a {a.size} {a.color} {a.shape} {MOTIONS[a.motion][0]} {FLOORS[a.floor][0]} {LIGHTS[a.light][0]}"
+    motion = MOTIONS[a.motion][0]
+    if a.then:
+        motion += f", then {MOTIONS[a.then][0]}"
+    second = f" {a.other.relation} a {a.other.size} {a.other.color} {a.other.shape}" if a.other else ""
+    camera = "" if a.camera == "still" else f", {CAMERAS[a.camera][0]}"
+    thing = f"a {a.size} {a.color} {a.shape}"
+    return f"{thing} {motion}{second} {FLOORS[a.floor][0]} {LIGHTS[a.light][0]}{camera}"
 
 
-def caption(attributes: Attributes, rng: np.random.Generator) -> str:
-    """One random wording; now and then size, floor or light stays unsaid. Colour, shape and motion are always said."""
+def caption(attributes: Attributes, rng: np.random.Generator, plain_share: float = 0.3) -> str:
+    """One random wording, long or short, in loose order; `plain_share` of them are the canonical caption.
+
+    Now and then size, floor or light stays unsaid. Colour, shape, motion and relation are always said, and so is a
+    camera that moves.
+    """
     a = attributes
-    if rng.random() < 0.3:
+    if rng.random() < plain_share:
         return canonical(a)
 
     def pick(words: tuple[str, ...]) -> str:
         return words[rng.integers(len(words))]
 
-    size = "" if rng.random() < 0.12 else pick(SIZES[a.size]) + " "
-    thing = f"{size}{pick(COLORS.get(a.color, (a.color,)))} {pick(NOUNS[a.shape])}"
-    article = "an" if thing[0] in "aeiou" else "a"
+    def thing(shape: Shape, color: Color, size: Size) -> str:
+        said = "" if rng.random() < 0.12 else pick(SIZES[size]) + " "
+        return with_article(f"{said}{pick(COLORS.get(color, (color,)))} {pick(NOUNS[shape])}")
+
+    motion = pick(MOTIONS[a.motion])
+    if a.then:
+        link = pick(BEATS)
+        # "Before" wants the -ing form, which is each motion's first wording.
+        motion = (
+            f"{motion} before {MOTIONS[a.then][0]}" if link == "before" else f"{motion}, {link} {pick(MOTIONS[a.then])}"
+        )
+    first = thing(a.shape, a.color, a.size)
+    second = ""
+    if a.other:
+        second = f" {pick(RELATIONS[a.other.relation])} {thing(a.other.shape, a.other.color, a.other.size)}"
     places = [pick(FLOORS[a.floor])] if rng.random() > 0.08 else []
     times = [pick(LIGHTS[a.light])] if rng.random() > 0.08 else []
-    motion = pick(MOTIONS[a.motion])
     where = [*places, *times]
     if len(where) == 2 and rng.random() < 0.3:
         where.reverse()
     if where and rng.random() < 0.15:
-        text = f"{where[-1]}, {article} {thing} {' '.join([motion, *where[:-1]])}"
+        *where, front = where
+        text = f"{front}, " + " ".join([first, motion + second, *where])
+    elif a.other and rng.random() < 0.3:
+        text = " ".join([first + second, *where]) + f", the first one {motion}"
     else:
-        text = " ".join([article, thing, motion, *where])
+        text = " ".join([first, motion + second, *where])
         if rng.random() < 0.1:
             text = f"{pick(SPOKEN_EVERYWHERE)} {text}"
+    if a.camera != "still" or rng.random() < 0.3:
+        camera = pick(CAMERAS[a.camera])
+        text = f"{camera}: {text}" if rng.random() < 0.15 else f"{text}, {camera}"
     return text
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def build_tokenizer() -> Tokenizer:
     """A byte-level BPE trained on the captions: their words are one token each, and any other text still encodes."""
     rng = np.random.default_rng(0)
-    world = all_attributes()
-    corpus = [caption(world[rng.integers(len(world))], rng) for _ in range(8000)]
+    corpus = [caption(draw(rng, held_out=bool(index % 2)), rng) for index in range(12000)]
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

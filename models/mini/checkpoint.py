@@ -14,9 +14,9 @@ from diffusers import WanPipeline
 
 from models.mini.captions import build_tokenizer, wrap_tokenizer
 from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
+from models.mini.scene import FPS, FRAMES, HEIGHT, WIDTH
 from models.mini.train_dit import Captioned, latent_statistics
 from models.mini.train_vae import trained_vae
-from models.mini.world import FPS, FRAMES, HEIGHT, WIDTH
 
 SETTINGS = {
     "name": "mini",

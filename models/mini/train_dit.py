@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
 
-from models.mini import world
 from models.mini.captions import build_tokenizer, canonical, caption
 from models.mini.evaluate import score
 from models.mini.networks import (
@@ -24,9 +22,11 @@ from models.mini.networks import (
     build_text_encoder,
     build_transformer,
 )
+from models.mini.render import render
+from models.mini.scene import make_scene
 from models.mini.train_vae import to_tensor, trained_vae
 from models.mini.training import Run, train
-from models.mini.world import Attributes
+from models.mini.world import Attributes, draw
 
 CAPTION_DROPOUT = 0.1
 
@@ -38,20 +38,19 @@ CAPTION_DROPOUT = 0.1
 def cache_latents(run: Run, clips: int) -> None:
     """Render and encode this worker's share of `clips`; goes on where an earlier call stopped."""
     vae = trained_vae(run.folder)
-    choices = [a for a in world.all_attributes() if not a.held_out]
     block = 8
     for first in range(run.rank * block, clips, run.workers * block):
         path = run.folder / "latents" / f"{first:06d}.npz"
         if path.exists():
             continue
         rng = np.random.default_rng([first, 31])
-        attributes = [choices[rng.integers(len(choices))] for _ in range(block)]
-        batch = to_tensor(np.stack([world.render(world.make_scene(a, rng)) for a in attributes]))
+        attributes = [draw(rng) for _ in range(block)]
+        batch = to_tensor(np.stack([render(make_scene(a, rng)) for a in attributes]))
         latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, latents=latents, attributes=json.dumps([asdict(a) for a in attributes]))
+            np.savez(file, latents=latents, attributes=json.dumps([a.to_json() for a in attributes]))
         partial.replace(path)
         if run.rank == 0:
             print(f"latents {first}/{clips}", flush=True)
@@ -60,7 +59,7 @@ def cache_latents(run: Run, clips: int) -> None:
 def load_latents(folder: Path) -> tuple[NDArray[np.float16], list[Attributes]]:
     """All cached latents `[clips, channels, frames, height, width]` and what they show."""
     files = [np.load(path) for path in sorted((folder / "latents").glob("*.npz"))]
-    attributes = [Attributes(**row) for file in files for row in json.loads(str(file["attributes"]))]
+    attributes = [Attributes.from_json(row) for file in files for row in json.loads(str(file["attributes"]))]
     return np.concatenate([file["latents"] for file in files]), attributes
 
 
@@ -166,8 +165,7 @@ def score_samples(folder: Path, text: Captioned, transformer: nn.Module, count: 
     from PIL import Image
 
     rng = np.random.default_rng(4)
-    held = [a for a in world.all_attributes() if a.held_out]
-    wanted = [held[i] for i in rng.choice(len(held), count, replace=False)]
+    wanted = [draw(rng, held_out=True) for _ in range(count)]
     vae = trained_vae(folder)
     mean, std = (torch.tensor(v)[None, :, None, None, None] for v in latent_statistics(folder))
     x = sample(text, transformer, [canonical(a) for a in wanted], 9, 16, 3.0) * std + mean

@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 
-from models.mini import world
 from models.mini.networks import build_vae
+from models.mini.render import render
+from models.mini.scene import FRAMES, HEIGHT, WIDTH, make_scene
 from models.mini.training import Run, train
+from models.mini.world import draw
 
 
 def to_tensor(clips: NDArray[np.uint8]) -> torch.Tensor:
@@ -24,12 +26,11 @@ def render_pool(path: Path, clips: int, seed: int) -> NDArray[np.uint8]:
     """`clips` training clips `[clips, frames, height, width, 3]`, rendered once and kept on disk."""
     if not path.exists():
         rng = np.random.default_rng(seed)
-        choices = [a for a in world.all_attributes() if not a.held_out]
         fresh = np.lib.format.open_memmap(
-            path.with_suffix(".partial"), "w+", np.uint8, (clips, world.FRAMES, world.HEIGHT, world.WIDTH, 3)
+            path.with_suffix(".partial"), "w+", np.uint8, (clips, FRAMES, HEIGHT, WIDTH, 3)
         )
         for index in range(clips):
-            fresh[index] = world.render(world.make_scene(choices[rng.integers(len(choices))], rng))
+            fresh[index] = render(make_scene(draw(rng), rng))
         path.with_suffix(".partial").rename(path)
     pool: NDArray[np.uint8] = np.load(path, mmap_mode="r")
     return pool
@@ -40,10 +41,10 @@ def crops(pool: NDArray[np.uint8], rng: np.random.Generator, count: int, frames:
     batch = np.empty((count, frames, side, side, 3), np.uint8)
     for index in range(count):
         best = -1.0
-        for _ in range(1 if side == world.WIDTH else 3):
+        for _ in range(1 if side == WIDTH else 3):
             clip = pool[rng.integers(len(pool))]
-            start = rng.integers(world.FRAMES - frames + 1)
-            y, x = rng.integers(world.HEIGHT - side + 1), rng.integers(world.WIDTH - side + 1)
+            start = rng.integers(FRAMES - frames + 1)
+            y, x = rng.integers(HEIGHT - side + 1), rng.integers(WIDTH - side + 1)
             crop = clip[start : start + frames, y : y + side, x : x + side]
             busy = float(np.abs(np.diff(crop[0, ::4, ::4].astype(np.int16), axis=1)).mean())
             if busy > best:
@@ -76,7 +77,7 @@ def train_vae(run: Run, decoder_only: bool) -> None:
             clip = crops(pool, rng, 4, int(rng.choice([1, 5, 5, 9])), 64)
         else:
             # Whole clips too: a causal convolution that only ever saw a clip's beginning drifts after it.
-            count, frames = ((2, 9), (1, world.FRAMES))[int(rng.random() < 0.8)]
+            count, frames = ((2, 9), (1, FRAMES))[int(rng.random() < 0.8)]
             clip = crops(pool, rng, count, frames, 128)
         with torch.set_grad_enabled(not decoder_only):
             posterior = vae.encode(clip).latent_dist
@@ -101,6 +102,5 @@ def train_vae(run: Run, decoder_only: bool) -> None:
 
 def _held_out_clips(count: int) -> torch.Tensor:
     rng = np.random.default_rng(99)
-    choices = [a for a in world.all_attributes() if a.held_out]
-    clips = [world.render(world.make_scene(choices[rng.integers(len(choices))], rng)) for _ in range(count)]
+    clips = [render(make_scene(draw(rng, held_out=True), rng)) for _ in range(count)]
     return to_tensor(np.stack(clips))
