@@ -103,7 +103,7 @@ def _beside(
         dx, dz = 1.15 * reach + rng.uniform(0.1, 0.4), rng.uniform(-0.2, 0.2)
         dx *= -1 if relation == "left of" else 1
     else:
-        dx = rng.uniform(0.45, 0.75) * reach * rng.choice([-1.0, 1.0])
+        dx = rng.uniform(0.8, 1.05) * reach * rng.choice([-1.0, 1.0])
         dz = (1.15 * reach + rng.uniform(0.2, 0.5)) * (1 if relation == "in front of" else -1)
     x, z = rng.uniform(-0.2, 0.2), rng.uniform(-0.5, 0.1)
     return (x + dx / 2, z + dz / 2), (x - dx / 2, z - dz / 2)
@@ -123,8 +123,8 @@ def _path(
     """
     across, along, height = (np.zeros(len(time)) for _ in range(3))
     yaws = np.full(len(time), _yaw(rng))
-    begin, reach = 0.0, np.zeros((2, 2))  # lowest and highest of x and z in two seconds
-    total = np.zeros(2)
+    begin, total = 0.0, np.zeros(2)
+    lowest, highest = np.zeros(2), np.zeros(2)  # of x and z, in two seconds
     for motion, end in beats:
         here = np.clip(time - begin, 0, end - begin)
         velocity = np.zeros(2)
@@ -142,14 +142,14 @@ def _path(
         across += velocity[0] * here
         along += velocity[1] * here
         total += velocity * (min(end, 2.0) - begin)
-        reach[0], reach[1] = np.minimum(reach[0], total), np.maximum(reach[1], total)
+        lowest, highest = np.minimum(lowest, total), np.maximum(highest, total)
         begin = end
     if start is None:
-        middle = reach.mean(0)
-        free = np.where(np.ptp(reach, 0) > 0, 0.25, 1.0)
+        middle, extent = (lowest + highest) / 2, highest - lowest
+        free = np.where(extent > 0, 0.25, 1.0)
         start = (
             float(free[0] * rng.uniform(-0.7, 0.7) - middle[0]),
-            float(free[1] * rng.uniform(-0.9, 0.5) - middle[1] - (0.5 if reach.any(0)[1] else 0.0)),
+            float(free[1] * rng.uniform(-0.9, 0.5) - middle[1] - (0.5 if extent[1] else 0.0)),
         )
     x = np.mod(across + start[0] + _WIDEST, 2 * _WIDEST) - _WIDEST
     z = np.clip(along + start[1], _FARTHEST, _NEAREST)

@@ -107,7 +107,16 @@ class Attributes:
     @property
     def held_out(self) -> bool:
         """Whether this combination is kept from training; decided by a hash, so that it never changes."""
-        parts = [self.shape, self.color, self.size, self.motion, self.floor, self.light, self.camera, self.then or ""]
+        parts: list[str] = [
+            self.shape,
+            self.color,
+            self.size,
+            self.motion,
+            self.floor,
+            self.light,
+            self.camera,
+            self.then or "",
+        ]
         if self.other:
             parts += [self.other.shape, self.other.color, self.other.size, self.other.relation]
         return hashlib.sha256("/".join(parts).encode()).digest()[0] < 256 * HELD_OUT_SHARE
