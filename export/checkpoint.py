@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 
-from export import graphs, parity
+from export import graphs, parity, words
 from export.onnx import OPSET, ExportError, Graph, WeightFile, export_graph
 from export.settings import CheckpointSettings
 from models.bundle import (
@@ -49,7 +49,7 @@ def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Prog
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        _write(parts, settings, folder, progress)
+        _write(checkpoint, parts, settings, folder, progress)
         folder.chmod(0o755)
         _replace(folder, output)
     except BaseException:
@@ -58,14 +58,18 @@ def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Prog
     return Bundle.load(output)
 
 
-def _write(parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, progress: Progress) -> None:
+def _write(
+    checkpoint: Path, parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, progress: Progress
+) -> None:
     geometry = graphs.Geometry.probe(parts)
     if int(parts.transformer.config.in_channels) != geometry.channels:
         raise ExportError("The denoiser and the VAE differ in their latent channels: no text-to-video.")
+    rewriter = words.rewriter(checkpoint)
     specs = (
         graphs.text_encoder(parts, settings.max_tokens),
         graphs.denoiser(parts, settings.max_tokens),
         *graphs.decoders(parts, geometry),
+        *(rewriter[1] if rewriter else ()),
     )
     weights: dict[str, WeightFile] = {}
     infos: dict[GraphName, GraphInfo] = {}
@@ -95,6 +99,7 @@ def _write(parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, pro
         ),
         sampler=settings.sampler_info(parts.scheduler),
         limits=settings.limits,
+        rewriter=rewriter[0] if rewriter else None,
         graphs=infos,
         files={
             path.name: FileInfo(sha256=sha256_of(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())

@@ -16,7 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 FORMAT: Final = 1
 MANIFEST = "bundle.json"
 
-GraphName = Literal["text_encoder", "denoiser", "decoder_first", "decoder_next"]
+GraphName = Literal[
+    "text_encoder",
+    "denoiser",
+    "decoder_first",
+    "decoder_next",
+    "rewriter_encoder",
+    "rewriter_decoder",
+]
+OPTIONAL_GRAPHS: Final = ("rewriter_encoder", "rewriter_decoder")
 
 
 class _Strict(BaseModel):
@@ -54,6 +62,21 @@ class TextInfo(_Strict):
     tokenizer: str = Field(description="A `tokenizers` JSON file.")
     max_tokens: PositiveInt
     dim: PositiveInt
+
+
+class WordsInfo(_Strict):
+    """A closed vocabulary and how a decoder graph speaks it, word by word."""
+
+    words: tuple[str, ...] = Field(min_length=2, description="By id; 0 is padding and 1 the end.")
+    starts: PositiveInt = Field(description="Start marks, whose ids follow the words'.")
+    max_words: PositiveInt = Field(description="Ids that the decoder takes at most, the start mark included.")
+
+
+class RewriterInfo(WordsInfo):
+    """How a loose prompt becomes a detailed caption; the start mark settles what the prompt leaves open."""
+
+    buckets: PositiveInt = Field(description="See `models.spelling`.")
+    max_prompt_words: PositiveInt
 
 
 class LatentInfo(_Strict):
@@ -105,6 +128,7 @@ class Manifest(_Strict):
     latent: LatentInfo
     sampler: SamplerInfo
     limits: LimitsInfo
+    rewriter: RewriterInfo | None = Field(default=None, description="None: prompts are taken as they are.")
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
@@ -134,7 +158,9 @@ class Bundle:
             raise BundleError(f"{root} is no bundle, since {MANIFEST} can't be read there: export it again.") from error
         manifest = _parse(root, data)
         for graph in get_args(GraphName):
-            if graph not in manifest.graphs:
+            part, _, _ = graph.partition("_")
+            wanted = graph not in OPTIONAL_GRAPHS or getattr(manifest, part) is not None
+            if wanted and graph not in manifest.graphs:
                 raise BundleError(f"The bundle {root} has no graph '{graph}': export it again.")
         for name in [manifest.text.tokenizer, *(graph.file for graph in manifest.graphs.values())]:
             if name not in manifest.files:

@@ -104,6 +104,10 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
     negative: Annotated[str, typer.Option(help="What not to show.")] = "",
     sampler: Annotated[Sampler | None, typer.Option(help="The sampler; the model's own when left out.")] = None,
+    rewrite: Annotated[
+        bool | None,
+        typer.Option("--rewrite/--no-rewrite", help="Make a detailed prompt of a loose one; on if the model can."),
+    ] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -126,6 +130,7 @@ def generate(
             negative_prompt=negative,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            rewrite_prompt=rewrite,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic import ValidationError as PydanticValidationError
 
 import models.mini
+from models.bundle import Manifest
 
 MINI_BUNDLE = Path(models.mini.__file__).parent / "bundle"
 
@@ -58,6 +59,38 @@ class StageConfig(_Strict):
         default=64, description="Requests a replica has in hand before it refuses more."
     )
     autoscaling: AutoscalingConfig = Field(default=AutoscalingConfig(), description="How many replicas there are.")
+
+
+class RewriterConfig(_Strict):
+    """Prompt rewriting in front of the text encoder."""
+
+    provider: Literal["bundle", "chat", "none"] = Field(
+        default="bundle",
+        description="The bundle's own rewriter, if it has one; an OpenAI-compatible chat endpoint; or none.",
+    )
+    by_default: bool = Field(default=True, description="Whether a request that doesn't say gets its prompt rewritten.")
+    base_url: str | None = Field(default=None, description="The chat endpoint's, such as http://host:8080/v1.")
+    model: str | None = Field(default=None, description="The chat endpoint's model.")
+    api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable with the endpoint's key.")
+    timeout_seconds: PositiveFloat = Field(
+        default=20.0, description="After so long without an answer a prompt is taken as it is."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> RewriterConfig:
+        if self.provider == "chat" and not (self.base_url and self.model):
+            raise ValueError("the provider chat needs base_url and model")
+        return self
+
+    def serves(self, manifest: Manifest) -> bool:
+        """Whether prompts for this model can be rewritten."""
+        return self.provider == "chat" or (self.provider == "bundle" and manifest.rewriter is not None)
+
+
+class TextEncoderConfig(StageConfig):
+    """The text encoder, and the rewriter in front of it, which is too small for a deployment of its own."""
+
+    rewriter: RewriterConfig = Field(default=RewriterConfig(), description="How loose prompts become detailed ones.")
 
 
 class DenoiserConfig(StageConfig):
@@ -113,7 +146,9 @@ class ServiceConfig(_Strict):
     )
     host: str = Field(default="127.0.0.1", description="Address that `rushes serve` listens on.")
     port: int = Field(default=8000, ge=1, le=65535, description="Port that `rushes serve` listens on.")
-    text_encoder: StageConfig = Field(default=StageConfig(num_cpus=0.1), description="The text encoder stage.")
+    text_encoder: TextEncoderConfig = Field(
+        default=TextEncoderConfig(num_cpus=0.1), description="The text encoder stage."
+    )
     denoiser: DenoiserConfig = Field(default=DenoiserConfig(num_cpus=0.5), description="The denoiser stage.")
     decoder: DecoderConfig = Field(default=DecoderConfig(num_cpus=0.3), description="The decoder stage.")
     runner: RunnerConfig = Field(default=RunnerConfig(), description="The runners.")

@@ -52,7 +52,7 @@ def run_demo(models: Mapping[str, Path], request: Mapping[str, Any], output: Pat
             service = running.enter_context(local_service(config))
         console.print(f"service up after {time.monotonic() - started:.1f} s; asking for {request['prompt']!r}")
         with httpx.Client(base_url=service.url, timeout=None) as client:
-            data = _finished(client, _watch(client, request, console))
+            data = _finished(client, _watch(client, request, console), console)
     partial = output.with_name(f".{output.name}.partial")
     try:
         partial.write_bytes(data)
@@ -80,12 +80,14 @@ def _watch(client: httpx.Client, request: Mapping[str, Any], console: Console) -
     return video_id
 
 
-def _finished(client: httpx.Client, video_id: str) -> bytes:
+def _finished(client: httpx.Client, video_id: str, console: Console) -> bytes:
     """The MP4, which is there a moment after the last chunk."""
     while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
         time.sleep(0.05)
     if video["status"] == "failed":
         raise OSError(video["error"]["message"])
+    if video["revised_prompt"] is not None:
+        console.print(f"revised prompt: {video['revised_prompt']}", markup=False)
     return client.get(f"/v1/videos/{video_id}/content").raise_for_status().content
 
 

@@ -33,5 +33,8 @@ async def generate_file(bundle: Bundle, spec: VideoSpec, output: Path, console: 
             progress.advance(chunks_bar)
 
         async with LocalPipeline.open(bundle, threads=len(os.sched_getaffinity(0))) as pipeline:
+            spec = await pipeline.revise(spec)
+            if spec.revised_prompt is not None:
+                console.print(f"revised prompt: {spec.revised_prompt}", markup=False)
             await pipeline.generate(spec, sink, on_progress)
     remux_to_mp4(made[0].init, (fragment.data for fragment in made), output)

@@ -10,6 +10,7 @@ import pytest
 
 from models.bundle import MANIFEST, Bundle
 
+MODEL_SOURCES = ("wan.py", "bundle.py", "spelling.py", "mini/rewriter.py", "mini/words.py")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _state_of_the_exporter() -> str:
     digest = hashlib.sha256()
-    sources = [*sorted((ROOT / "export").glob("*.py")), *(ROOT / "models" / name for name in ("wan.py", "bundle.py"))]
+    sources = [*sorted((ROOT / "export").glob("*.py")), *(ROOT / "models" / name for name in MODEL_SOURCES)]
     for path in [*sources, ROOT / "tests" / "tiny.py"]:
         digest.update(path.read_bytes())
     for library in ("torch", "diffusers", "transformers", "onnx"):

@@ -11,9 +11,23 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from models.mini.rewriter import Rewriter
+from models.mini.words import encode, vocabulary
+
 CHANNELS = 8
 TEXT_DIM = 16
 MAX_TOKENS = 64
+# Loose prompts that the tiny rewriter knows, and what it makes of each by the video's seed, even or odd.
+REWRITTEN = {
+    "crimson ball hops": (
+        "a small red ball bouncing on a grey floor at noon",
+        "a large red ball bouncing on a grey floor at noon",
+    ),
+    "dice twirling, night, zoom in": (
+        "a small white cube spinning on a sand floor at night, the camera zooms in",
+        "a large white cube spinning on a sand floor at night, the camera zooms in",
+    ),
+}
 
 
 def build_tiny_checkpoint(path: Path) -> None:
@@ -31,6 +45,7 @@ def build_tiny_checkpoint(path: Path) -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     ).save_pretrained(path)
+    tiny_rewriter().save(path / "rewriter")
     settings = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
     (path / "rushes.json").write_text(json.dumps(settings))
 
@@ -46,6 +61,21 @@ def tiny_tokenizer() -> Tokenizer:
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
     )
     return tokenizer
+
+
+def tiny_rewriter() -> Rewriter:
+    """Really trained, on two prompts alone."""
+    rewriter = Rewriter(vocabulary(), choices=2, buckets=256, max_prompt_words=16, width=32, heads=2, layers=1)
+    index = {word: id for id, word in enumerate(rewriter.config["words"])}
+    prompts = [prompt for prompt in REWRITTEN for _ in range(2)]
+    targets = [encode(caption, index) for captions in REWRITTEN.values() for caption in captions]
+    optimizer = torch.optim.Adam(rewriter.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = rewriter.loss(prompts, targets, [0, 1] * len(REWRITTEN))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return rewriter.eval()
 
 
 def tiny_text_encoder(vocabulary: int) -> Any:

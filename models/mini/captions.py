@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable
+from typing import Any, cast, get_args
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from models.mini.rays import Shape
-from models.mini.world import Attributes, CameraMove, Color, Relation, Size, draw
+from models.mini.world import Attributes, CameraMove, Color, Floor, Light, Motion, Other, Relation, Size, draw
 
 NOUNS = {
     "ball": ("ball", "ball", "sphere"),
@@ -62,6 +64,7 @@ RELATIONS: dict[Relation, tuple[str, ...]] = {
     "in front of": ("in front of", "nearer than", "closer than"),
     "behind": ("behind", "at the back of", "farther than"),
 }
+ALL_COLORS: tuple[Color, ...] = get_args(Color)
 BEATS = ("then", "and then", "and after that", "before")
 SPOKEN_EVERYWHERE = ("a video of", "a clip of", "there is", "we see", "footage of", "a shot of")
 
@@ -76,6 +79,52 @@ def canonical(attributes: Attributes) -> str:
     camera = "" if a.camera == "still" else f", {CAMERAS[a.camera][0]}"
     thing = f"a {a.size} {a.color} {a.shape}"
     return f"{thing} {motion}{second} {FLOORS[a.floor][0]} {LIGHTS[a.light][0]}{camera}"
+
+
+def read(text: str) -> Attributes | None:
+    """The attributes of a canonical caption; None for any other text."""
+    found = _CANONICAL.fullmatch(text)
+    if found is None:
+        return None
+    other = None
+    if found["relation"]:
+        other = Other(
+            cast(Shape, found["other_shape"]),
+            cast(Color, found["other_color"]),
+            cast(Size, found["other_size"]),
+            cast(Relation, found["relation"]),
+        )
+    return Attributes(
+        cast(Shape, found["shape"]),
+        cast(Color, found["color"]),
+        cast(Size, found["size"]),
+        cast(Motion, _VALUES[found["motion"]]),
+        cast(Floor, _VALUES[found["floor"]]),
+        cast(Light, _VALUES[found["light"]]),
+        cast(CameraMove, _VALUES[found["camera"]] if found["camera"] else "still"),
+        cast(Motion | None, found["then"] and _VALUES[found["then"]]),
+        other,
+    )
+
+
+def _canonical_pattern() -> re.Pattern[str]:
+    def group(name: str, words: Iterable[str]) -> str:
+        return f"(?P<{name}>{'|'.join(words)})"
+
+    def thing(prefix: str) -> str:
+        parts = (("size", SIZES), ("color", ALL_COLORS), ("shape", NOUNS))
+        return "a " + " ".join(group(prefix + name, words) for name, words in parts)
+
+    motions, floors, lights, cameras = ([w[0] for w in table.values()] for table in (MOTIONS, FLOORS, LIGHTS, CAMERAS))
+    return re.compile(
+        f"{thing('')} {group('motion', motions)}(?:, then {group('then', motions)})?"
+        f"(?: {group('relation', RELATIONS)} {thing('other_')})?"
+        f" {group('floor', floors)} {group('light', lights)}(?:, {group('camera', cameras)})?"
+    )
+
+
+_CANONICAL = _canonical_pattern()
+_VALUES = {w[0]: value for table in (MOTIONS, FLOORS, LIGHTS, CAMERAS) for value, w in table.items()}
 
 
 def caption(attributes: Attributes, rng: np.random.Generator, plain_share: float = 0.3) -> str:

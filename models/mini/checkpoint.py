@@ -14,6 +14,7 @@ from diffusers import WanPipeline
 
 from models.mini.captions import build_tokenizer, wrap_tokenizer
 from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
+from models.mini.rewriter import Rewriter
 from models.mini.scene import FPS, FRAMES, HEIGHT, WIDTH
 from models.mini.train_dit import Captioned, latent_statistics
 from models.mini.train_vae import trained_vae
@@ -61,12 +62,24 @@ def save(pipeline: WanPipeline, path: Path) -> None:
     (path / "rushes.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
 
 
+def save_rewriter(folder: Path, path: Path) -> None:
+    """The newest averaged rewriter of a training folder, if it has one, as `path/rewriter`."""
+    state = folder / "rewriter-averaged.pt"
+    if state.exists():
+        rewriter = Rewriter.untrained()
+        rewriter.load_state_dict(torch.load(state, weights_only=True)["rewriter"])
+        rewriter.save(path / "rewriter")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--only-rewriter", action="store_true", help="leave the rest of the checkpoint as it is")
     options = parser.parse_args()
-    save(assemble(options.folder), options.output)
+    if not options.only_rewriter:
+        save(assemble(options.folder), options.output)
+    save_rewriter(options.folder, options.output)
     print(options.output)
 
 

@@ -1,7 +1,7 @@
 """Train the bundled model from nothing: `python -m models.mini.train vae`, then `latents`, then `dit`.
 
 Each stage resumes where it stopped; loss curves are written as pictures beside its state. `decoder` goes on with the
-VAE's decoder alone, so that the latents a denoiser was trained on stay valid.
+VAE's decoder alone, so that the latents a denoiser was trained on stay valid. `rewriter` needs none of the others.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from models.mini.train_dit import cache_latents, train_dit
-from models.mini.train_vae import train_vae
 from models.mini.training import Run, spawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit"])
+    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit", "rewriter"])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="states, caches and curves")
     parser.add_argument("--minutes", type=float, default=30, help="budget of the stage over all its resumptions")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes that share gradients")
@@ -24,12 +22,23 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=3000, help="clips to cache (latents)")
     options = parser.parse_args()
     run = Run(options.folder, options.stage, options.minutes, 0, options.workers, options.learning_rate)
+    # Each stage needs other libraries, and minutes to load them on a busy machine.
     match options.stage:
         case "latents":
+            from models.mini.train_dit import cache_latents
+
             spawn(cache_latents, run, options.clips)
         case "dit":
+            from models.mini.train_dit import train_dit
+
             spawn(train_dit, run)
+        case "rewriter":
+            from models.mini.train_rewriter import train_rewriter
+
+            spawn(train_rewriter, run)
         case stage:
+            from models.mini.train_vae import train_vae
+
             spawn(train_vae, run, stage == "decoder")
 
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from models.bundle import MANIFEST, Bundle, Manifest
 from serving.api.errors import ApiError
 from serving.api.schemas import ModelList, ModelObject, model_object
+from serving.config import RewriterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Catalog:
     """The served models by name; the first is what a request without `model` gets."""
 
     bundles: Mapping[str, Bundle]
+    rewriter: RewriterConfig
 
     def resolve(self, name: str | None) -> tuple[str, Manifest]:
         """A request's `model`. Raises `ApiError` (404) for one that isn't served."""

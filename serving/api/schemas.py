@@ -40,6 +40,9 @@ class CreateVideoRequest(BaseModel):
     guidance_scale: float | None = Field(
         default=None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
     )
+    rewrite_prompt: bool | None = Field(
+        default=None, description="Whether a loose prompt is made a detailed one first; the service's default if null."
+    )
     stream: bool = Field(
         default=False, description="Answer with the video itself, as fragmented MP4, while it is made."
     )
@@ -89,6 +92,7 @@ class VideoObject(BaseModel):
     completed_at: int | None
     expires_at: int | None
     prompt: str | None
+    revised_prompt: str | None = None
     size: str
     seconds: str
     remixed_from_video_id: str | None = None
@@ -110,6 +114,7 @@ def video_object(video: Video) -> VideoObject:
         completed_at=None if video.completed_at is None or failed else int(video.completed_at),
         expires_at=None if video.expires_at is None else int(video.expires_at),
         prompt=video.prompt,
+        revised_prompt=video.request.get("revised_prompt"),
         size=video.size,
         seconds=video.seconds,
         error=VideoError(code=video.error_code or "failed", message=video.error_message or "") if failed else None,

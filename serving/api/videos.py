@@ -87,6 +87,9 @@ def _new_video(body: CreateVideoRequest, catalog: Catalog) -> Video:
             negative_prompt=body.negative_prompt,
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
+            rewrite_prompt=body.rewrite_prompt,
+            can_rewrite=catalog.rewriter.serves(manifest),
+            rewrite_by_default=catalog.rewriter.by_default,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

@@ -33,6 +33,7 @@ class ApiDeployment:
             {name: Bundle.load(path) for name, path in config.models.items()},
             self._wake,
             max_body_bytes=config.api.max_body_bytes,
+            rewriter=config.text_encoder.rewriter,
         )
 
     async def _wake(self) -> None:

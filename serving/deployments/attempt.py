@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from serving.jobs.artifacts import finished_path
@@ -14,6 +14,7 @@ from serving.jobs.fragment_log import FragmentLog, LogWriter
 from serving.jobs.store import StaleFence, Video, VideoStore
 from serving.media.fmp4 import remux_to_mp4
 from serving.pipeline.generation import generate
+from serving.pipeline.rewriting import Rewriter, revise
 from serving.pipeline.stages import Decoder, Denoiser, Fragment, StepDone, TextEncoder, VideoSpec
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Stages:
     text_encoder: TextEncoder
     denoiser: Denoiser
     decoder: Decoder
+    rewriter: Rewriter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,11 @@ class Attempt:
 
     async def _make(self) -> None:
         video = self._video
+        spec = await revise(self._spec, self._stages.rewriter)
+        if spec != self._spec:
+            # Before anything depends on it: another attempt takes this one, whatever a rewriter would say then.
+            await self._store.set_request(video.id, video.fence, asdict(spec))
+            self._spec = spec
         writer = await FragmentLog.create(self._settings.videos_dir, video.id, fence=video.fence)
 
         async def append(fragment: Fragment) -> None:

@@ -31,7 +31,7 @@ class StageHandles:
 
 
 class RemoteTextEncoder:
-    """`TextEncoder` on whichever replica is least busy."""
+    """`TextEncoder` and `Rewriter` on whichever replica is least busy."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -39,6 +39,10 @@ class RemoteTextEncoder:
     async def encode(self, prompt: str) -> TextEmbedding:
         embedding: TextEmbedding = await self._handle.encode.remote(prompt)
         return embedding
+
+    async def rewrite(self, prompt: str, seed: int) -> str:
+        rewritten: str = await self._handle.rewrite.remote(prompt, seed)
+        return rewritten
 
 
 class RemoteDenoiser:
@@ -86,6 +90,5 @@ class RemoteDecoder:
 
 
 def remote_stages(handles: StageHandles) -> Stages:
-    return Stages(
-        RemoteTextEncoder(handles.text_encoder), RemoteDenoiser(handles.denoiser), RemoteDecoder(handles.decoder)
-    )
+    text_encoder = RemoteTextEncoder(handles.text_encoder)
+    return Stages(text_encoder, RemoteDenoiser(handles.denoiser), RemoteDecoder(handles.decoder), rewriter=text_encoder)

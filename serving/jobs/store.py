@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, Protocol
 
@@ -69,6 +69,9 @@ class VideoStore(Protocol):
 
     async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
         """Note `progress`, 0 to 100. The answer's `cancel_requested` is news for the runner."""
+
+    async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
+        """Replace what determines the frames, once more of it is known (the rewritten prompt)."""
 
     async def complete(self, video_id: str, fence: int, *, expires_at: float | None = None) -> Video: ...
 
@@ -150,6 +153,9 @@ class SqlVideoStore:
 
     async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
         return await self._write(video_id, fence, lambda _: {"progress": progress})
+
+    async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
+        return await self._write(video_id, fence, lambda _: {"request": dict(request)})
 
     async def complete(self, video_id: str, fence: int, *, expires_at: float | None = None) -> Video:
         done = {"status": VideoStatus.COMPLETED, "progress": 100, "expires_at": expires_at}

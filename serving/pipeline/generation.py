@@ -107,7 +107,7 @@ class _Generation:
         return DenoiseRequest(
             video_id=self._video_id,
             spec=spec,
-            conditional=await self._text_encoder.encode(spec.prompt),
+            conditional=await self._text_encoder.encode(spec.rendered_prompt),
             unconditional=await self._text_encoder.encode(spec.negative_prompt) if guided else None,
         )
 

@@ -11,6 +11,7 @@ from serving.engines.onnx_runtime import CPU
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.generation import OnProgress, Sink, generate
+from serving.pipeline.rewriting import OnnxRewriter, revise
 from serving.pipeline.scheduler import Limits
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.text import EngineTextEncoder
@@ -20,12 +21,18 @@ class LocalPipeline:
     """Three stages over one bundle; `async with` it, so that its threads end. Videos may be made at the same time."""
 
     def __init__(
-        self, bundle: Bundle, text_encoder: EngineTextEncoder, denoiser: EngineDenoiser, decoder: EngineDecoder
+        self,
+        bundle: Bundle,
+        text_encoder: EngineTextEncoder,
+        denoiser: EngineDenoiser,
+        decoder: EngineDecoder,
+        rewriter: OnnxRewriter | None = None,
     ) -> None:
         self.bundle = bundle
         self.text_encoder = text_encoder
         self.denoiser = denoiser
         self.decoder = decoder
+        self.rewriter = rewriter
 
     @classmethod
     def open(
@@ -37,15 +44,20 @@ class LocalPipeline:
             EngineTextEncoder.open(bundle, threads=threads, provider=provider),
             EngineDenoiser.open(bundle, threads=threads, provider=provider, limits=limits),
             EngineDecoder.open(bundle, threads=threads, provider=provider),
+            OnnxRewriter.open(bundle),
         )
+
+    async def revise(self, spec: VideoSpec) -> VideoSpec:
+        """`spec` with its `revised_prompt`, if it asks for one and has none yet."""
+        return await revise(spec, self.rewriter)
 
     async def generate(
         self, spec: VideoSpec, sink: Sink, on_progress: OnProgress | None = None, *, video_id: str | None = None
     ) -> None:
-        """As `generation.generate`; without a `video_id` the video gets one that no other has."""
+        """As `generation.generate`, after `revise`; without a `video_id` the video gets one that no other has."""
         await generate(
             video_id or uuid4().hex,
-            spec,
+            await self.revise(spec),
             text_encoder=self.text_encoder,
             denoiser=self.denoiser,
             decoder=self.decoder,
@@ -62,3 +74,5 @@ class LocalPipeline:
         await self.denoiser.stop()
         await self.decoder.stop()
         await self.text_encoder.stop()
+        if self.rewriter:
+            await self.rewriter.stop()

@@ -33,17 +33,22 @@ def make_spec(
     negative_prompt: object = None,
     num_inference_steps: object = None,
     guidance_scale: object = None,
+    rewrite_prompt: object = None,
+    can_rewrite: bool | None = None,
+    rewrite_by_default: bool = True,
 ) -> VideoSpec:
     """Check everything against the bundle's limits; `None` means the default, and for `seed` a random one.
 
     `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels. Values
-    come straight from JSON, so their types are checked too. Raises `InvalidRequest` for the first parameter that
-    won't do.
+    come straight from JSON, so their types are checked too. `can_rewrite` says whether there is a rewriter (`None`: if
+    the bundle has one), `rewrite_by_default` what a `rewrite_prompt` of `None` means. Raises `InvalidRequest` for the
+    first parameter that won't do.
     """
     limits, sampler = manifest.limits, manifest.sampler
     if isinstance(seconds, str) and re.fullmatch(r"[0-9]{1,9}", seconds):
         seconds = int(seconds)
     width, height = _size(manifest, size)
+    can_rewrite = manifest.rewriter is not None if can_rewrite is None else can_rewrite
     return VideoSpec(
         prompt=_text("prompt", prompt, limits.max_prompt_characters, required=True),
         negative_prompt=_text(
@@ -58,6 +63,7 @@ def make_spec(
         ),
         guidance_scale=_guidance_scale(guidance_scale, sampler.guidance_scale),
         sampler=sampler.name,
+        rewrite_prompt=_rewrite_prompt(rewrite_prompt, can_rewrite, rewrite_by_default),
     )
 
 
@@ -72,6 +78,16 @@ def _text(param: str, value: object, max_characters: int, *, required: bool = Fa
         raise InvalidRequest(param, f"{param} is not valid Unicode text") from None
     if required and not clean_prompt(value):
         raise InvalidRequest(param, f"{param} must not be empty")
+    return value
+
+
+def _rewrite_prompt(value: object, possible: bool, default: bool) -> bool:
+    if value is None:
+        return possible and default
+    if not isinstance(value, bool):
+        raise InvalidRequest("rewrite_prompt", f"rewrite_prompt must be true or false, not {_kind(value)}")
+    if value and not possible:
+        raise InvalidRequest("rewrite_prompt", "rewrite_prompt is not possible: this model has no rewriter")
     return value
 
 

@@ -23,6 +23,13 @@ class VideoSpec:
     num_inference_steps: int
     guidance_scale: float
     sampler: Literal["euler", "unipc"] = "unipc"
+    rewrite_prompt: bool = False
+    revised_prompt: str | None = None
+
+    @property
+    def rendered_prompt(self) -> str:
+        """What the text encoder gets."""
+        return self.prompt if self.revised_prompt is None else self.revised_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"negative_prompt": "b" * 40_000}, 400, "negative_prompt"),
     ({"stream": "maybe"}, 400, "stream"),
     ({"stream": 1}, 400, "stream"),
+    ({"rewrite_prompt": "yes"}, 400, "rewrite_prompt"),
+    ({"rewrite_prompt": 1}, 400, "rewrite_prompt"),
     ({"num_steps": 3}, 400, "num_steps"),
     ({"input_reference": {"image_url": "data:,"}}, 400, "input_reference"),
 ]
@@ -203,6 +205,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "completed_at": None,
         "expires_at": None,
         "prompt": "a red ball",
+        "revised_prompt": None,
         "size": size,
         "seconds": "1",
         "remixed_from_video_id": None,

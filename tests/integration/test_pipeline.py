@@ -56,7 +56,7 @@ def spec(tiny_bundle: Bundle) -> Callable[..., VideoSpec]:
     def make(prompt: str = PROMPT, **asked: Any) -> VideoSpec:
         side = tiny_bundle.manifest.limits.min_side
         defaults = {"seed": 7, "num_inference_steps": 3, "size": f"{side}x{side}"}
-        return make_spec(tiny_bundle.manifest, prompt, **{**defaults, **asked})
+        return make_spec(tiny_bundle.manifest, prompt, rewrite_prompt=False, **{**defaults, **asked})
 
     return make
 
