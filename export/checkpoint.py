@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 
-from export import graphs, parity, words
+from export import captioner, graphs, parity, words
 from export.onnx import OPSET, ExportError, Graph, WeightFile, export_graph
 from export.settings import CheckpointSettings
 from models.bundle import (
@@ -64,12 +64,13 @@ def _write(
     geometry = graphs.Geometry.probe(parts)
     if int(parts.transformer.config.in_channels) != geometry.channels:
         raise ExportError("The denoiser and the VAE differ in their latent channels: no text-to-video.")
-    rewriter = words.rewriter(checkpoint)
+    rewriter, captions = words.rewriter(checkpoint), captioner.captioner(checkpoint, geometry)
     specs = (
         graphs.text_encoder(parts, settings.max_tokens),
         graphs.denoiser(parts, settings.max_tokens),
         *graphs.decoders(parts, geometry),
         *(rewriter[1] if rewriter else ()),
+        *((*captions[1], *captioner.encoders(parts, geometry)) if captions else ()),
     )
     weights: dict[str, WeightFile] = {}
     infos: dict[GraphName, GraphInfo] = {}
@@ -84,6 +85,16 @@ def _write(
         update={"parity": following_info.parity | {"streaming": streaming}}
     )
     progress(f"Streamed decoding agrees within {streaming:.1e}")
+    if captions:
+        progress("Comparing streamed encoding with encoding in one go")
+        first, following = (
+            parity.open_session(folder / infos[name].file) for name in ("encoder_first", "encoder_next")
+        )
+        error = captioner.encoding_error(parts, first, following, geometry)
+        following_info = infos["encoder_next"]
+        infos["encoder_next"] = following_info.model_copy(
+            update={"parity": following_info.parity | {"streaming": error}}
+        )
     _copy_tokenizer(parts.tokenizer, folder / TOKENIZER)
 
     _, patch, _ = parts.transformer.config.patch_size
@@ -100,6 +111,7 @@ def _write(
         sampler=settings.sampler_info(parts.scheduler),
         limits=settings.limits,
         rewriter=rewriter[0] if rewriter else None,
+        captioner=captions[0] if captions else None,
         graphs=infos,
         files={
             path.name: FileInfo(sha256=sha256_of(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())

@@ -23,8 +23,20 @@ GraphName = Literal[
     "decoder_next",
     "rewriter_encoder",
     "rewriter_decoder",
+    "captioner_encoder",
+    "captioner_decoder",
+    "encoder_first",
+    "encoder_next",
 ]
-OPTIONAL_GRAPHS: Final = ("rewriter_encoder", "rewriter_decoder")
+# Graphs that a bundle has with a section of the manifest, and without it has not.
+OPTIONAL_GRAPHS: Final[dict[str, str]] = {
+    "rewriter_encoder": "rewriter",
+    "rewriter_decoder": "rewriter",
+    "captioner_encoder": "captioner",
+    "captioner_decoder": "captioner",
+    "encoder_first": "captioner",
+    "encoder_next": "captioner",
+}
 
 
 class _Strict(BaseModel):
@@ -79,6 +91,12 @@ class RewriterInfo(WordsInfo):
     max_prompt_words: PositiveInt
 
 
+class CaptionerInfo(WordsInfo):
+    """How a video's latents become a caption; with it come the VAE encoder's graphs, so that any video has latents."""
+
+    max_frames: PositiveInt = Field(description="Latent frames that are looked at, from the first.")
+
+
 class LatentInfo(_Strict):
     """Latent geometry `[batch, channels, frames, height, width]` and its normalisation.
 
@@ -129,6 +147,7 @@ class Manifest(_Strict):
     sampler: SamplerInfo
     limits: LimitsInfo
     rewriter: RewriterInfo | None = Field(default=None, description="None: prompts are taken as they are.")
+    captioner: CaptionerInfo | None = Field(default=None, description="None: no captions, and no best of several.")
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
@@ -158,8 +177,8 @@ class Bundle:
             raise BundleError(f"{root} is no bundle, since {MANIFEST} can't be read there: export it again.") from error
         manifest = _parse(root, data)
         for graph in get_args(GraphName):
-            part, _, _ = graph.partition("_")
-            wanted = graph not in OPTIONAL_GRAPHS or getattr(manifest, part) is not None
+            section = OPTIONAL_GRAPHS.get(graph)
+            wanted = section is None or getattr(manifest, section) is not None
             if wanted and graph not in manifest.graphs:
                 raise BundleError(f"The bundle {root} has no graph '{graph}': export it again.")
         for name in [manifest.text.tokenizer, *(graph.file for graph in manifest.graphs.values())]:

@@ -108,6 +108,7 @@ def generate(
         bool | None,
         typer.Option("--rewrite/--no-rewrite", help="Make a detailed prompt of a loose one; on if the model can."),
     ] = None,
+    best_of: Annotated[int | None, typer.Option(help="Make so many and keep the one nearest to the prompt.")] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -131,12 +132,28 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance,
             rewrite_prompt=rewrite,
+            best_of=best_of,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)
         asyncio.run(generate_file(loaded, spec, output, _console))
         _console.print(f"seed {spec.seed}")
         print(output)
+
+
+@app.command()
+def caption(
+    video: Annotated[Path, typer.Argument(help="Any video file; its beginning is looked at.")],
+    bundle: Bundle = MINI_BUNDLE,
+) -> None:
+    """Say what a video shows, in the words of the model's training captions."""
+    import asyncio
+
+    from models.bundle import Bundle as LoadedBundle
+    from serving.oneshot import caption_file
+
+    with _said_in_one_line():
+        print(asyncio.run(caption_file(LoadedBundle.load(bundle), video)))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What `rushes generate` does: one video in this process, with its progress shown."""
+"""What `rushes generate` and `rushes caption` do: one video in this process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from models.bundle import Bundle
+from models.bundle import Bundle, BundleError
 from serving.media.fmp4 import remux_to_mp4
+from serving.media.frames import read_frames
+from serving.pipeline.captioning import EngineCaptioner, EngineEncoder
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import Fragment, StepDone, VideoSpec
@@ -38,3 +40,20 @@ async def generate_file(bundle: Bundle, spec: VideoSpec, output: Path, console: 
                 console.print(f"revised prompt: {spec.revised_prompt}", markup=False)
             await pipeline.generate(spec, sink, on_progress)
     remux_to_mp4(made[0].init, (fragment.data for fragment in made), output)
+
+
+async def caption_file(bundle: Bundle, video: Path) -> str:
+    """A caption of the beginning of `video`.
+
+    Raises `BundleError` without a captioner, `OSError` for what is no video.
+    """
+    captioner, info = EngineCaptioner.open(bundle), bundle.manifest.captioner
+    if captioner is None or info is None:
+        raise BundleError(f"The bundle {bundle.root} has no captioner: choose another one.")
+    width, height = bundle.manifest.limits.default_size
+    frames = read_frames(video, fps=bundle.manifest.fps, width=width, height=height)
+    try:
+        latents = EngineEncoder.open(bundle, threads=len(os.sched_getaffinity(0))).encode(frames, info.max_frames)
+        return await captioner.caption(latents)
+    finally:
+        await captioner.stop()

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from models.mini.captioner import Captioner
 from models.mini.rewriter import Rewriter
 from models.mini.words import encode, vocabulary
 
@@ -27,6 +28,11 @@ REWRITTEN = {
         "a small white cube spinning on a sand floor at night, the camera zooms in",
         "a large white cube spinning on a sand floor at night, the camera zooms in",
     ),
+}
+# What the tiny captioner says of latents that are all of one value.
+CAPTIONED = {
+    -1.0: "a small red ball moving left on a grey floor at noon",
+    1.0: "a large white cube spinning on a sand floor at night, the camera zooms in",
 }
 
 
@@ -46,6 +52,7 @@ def build_tiny_checkpoint(path: Path) -> None:
         ),
     ).save_pretrained(path)
     tiny_rewriter().save(path / "rewriter")
+    tiny_captioner().save(path / "captioner")
     settings = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
     (path / "rushes.json").write_text(json.dumps(settings))
 
@@ -76,6 +83,21 @@ def tiny_rewriter() -> Rewriter:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return rewriter.eval()
+
+
+def tiny_captioner() -> Captioner:
+    """Really trained, on two clips alone."""
+    captioner = Captioner(vocabulary(), channels=CHANNELS, max_frames=3, width=32, heads=2, layers=1, decoder_layers=1)
+    index = {word: id for id, word in enumerate(captioner.config["words"])}
+    clips = torch.tensor(list(CAPTIONED)).view(-1, 1, 1, 1, 1).expand(-1, CHANNELS, 3, 4, 4)
+    targets = [encode(caption, index) for caption in CAPTIONED.values()]
+    optimizer = torch.optim.Adam(captioner.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = captioner.loss(clips + 0.3 * torch.randn_like(clips), targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return captioner.eval()
 
 
 def tiny_text_encoder(vocabulary: int) -> Any:

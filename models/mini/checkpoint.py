@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import WanPipeline
 
+from models.mini.captioner import Captioner
 from models.mini.captions import build_tokenizer, wrap_tokenizer
 from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
 from models.mini.rewriter import Rewriter
@@ -62,24 +63,27 @@ def save(pipeline: WanPipeline, path: Path) -> None:
     (path / "rushes.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
 
 
-def save_rewriter(folder: Path, path: Path) -> None:
-    """The newest averaged rewriter of a training folder, if it has one, as `path/rewriter`."""
-    state = folder / "rewriter-averaged.pt"
-    if state.exists():
-        rewriter = Rewriter.untrained()
-        rewriter.load_state_dict(torch.load(state, weights_only=True)["rewriter"])
-        rewriter.save(path / "rewriter")
+def save_words(folder: Path, path: Path) -> None:
+    """The newest averaged rewriter and captioner of a training folder, if it has them, as `path/rewriter` and so on."""
+    for name, kind in (("rewriter", Rewriter), ("captioner", Captioner)):
+        state = folder / f"{name}-averaged.pt"
+        if state.exists():
+            module: Rewriter | Captioner = kind.untrained()
+            module.load_state_dict(torch.load(state, weights_only=True)[name])
+            module.save(path / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "checkpoint")
-    parser.add_argument("--only-rewriter", action="store_true", help="leave the rest of the checkpoint as it is")
+    parser.add_argument(
+        "--only-words", action="store_true", help="rewriter and captioner alone; the rest stays as it is"
+    )
     options = parser.parse_args()
-    if not options.only_rewriter:
+    if not options.only_words:
         save(assemble(options.folder), options.output)
-    save_rewriter(options.folder, options.output)
+    save_words(options.folder, options.output)
     print(options.output)
 
 

@@ -189,7 +189,7 @@ class _Speaker:
         return self.pick(parts[self.held_out])
 
     def pick(self, words: Sequence[str]) -> str:
-        return words[self.rng.integers(len(words))]
+        return words[int(self.rng.integers(len(words)))]
 
 
 def _tidy(text: str) -> str:

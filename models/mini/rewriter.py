@@ -36,7 +36,8 @@ class PromptEncoder(nn.Module):
     def embed(self, ngrams: Tensor) -> Tensor:
         """`[..., MAX_NGRAMS]` to `[..., width]`: each word by itself."""
         there = (ngrams > 0).to(torch.float32)
-        return (self.embedding(ngrams) * there[..., None]).sum(-2) / there.sum(-1, keepdim=True).clamp(min=1.0).sqrt()
+        total: Tensor = (self.embedding(ngrams) * there[..., None]).sum(-2)
+        return total / there.sum(-1, keepdim=True).clamp(min=1.0).sqrt()
 
     def contextualise(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.places(torch.arange(x.shape[1]))
@@ -103,5 +104,6 @@ class Rewriter(nn.Module):
     @torch.no_grad()
     def rewrite(self, prompts: Sequence[str], choices: Sequence[int]) -> list[str]:
         """Canonical captions, greedily; `choices` settle what the prompts leave open."""
-        spoken = self.decoder.greedy(*self.encoder(self.spelled(prompts)), choices)
+        memory, mask = self.encoder(self.spelled(prompts))
+        spoken = self.decoder.greedy(memory, mask, choices)
         return [text_of([self.config["words"][id] for id in ids]) for ids in spoken]

@@ -14,7 +14,7 @@ from models.mini.training import Run, spawn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit", "rewriter"])
+    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit", "rewriter", "captioner"])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="states, caches and curves")
     parser.add_argument("--minutes", type=float, default=30, help="budget of the stage over all its resumptions")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes that share gradients")
@@ -36,6 +36,10 @@ def main() -> None:
             from models.mini.train_rewriter import train_rewriter
 
             spawn(train_rewriter, run)
+        case "captioner":
+            from models.mini.train_captioner import train_captioner
+
+            spawn(train_captioner, run)
         case stage:
             from models.mini.train_vae import train_vae
 

@@ -43,6 +43,9 @@ class CreateVideoRequest(BaseModel):
     rewrite_prompt: bool | None = Field(
         default=None, description="Whether a loose prompt is made a detailed one first; the service's default if null."
     )
+    best_of: int | None = Field(
+        default=None, description="Make so many videos, of this seed and the next ones, and show the best; 1 to 8."
+    )
     stream: bool = Field(
         default=False, description="Answer with the video itself, as fragmented MP4, while it is made."
     )

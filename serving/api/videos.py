@@ -88,6 +88,7 @@ def _new_video(body: CreateVideoRequest, catalog: Catalog) -> Video:
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
             rewrite_prompt=body.rewrite_prompt,
+            best_of=body.best_of,
             can_rewrite=catalog.rewriter.serves(manifest),
             rewrite_by_default=catalog.rewriter.by_default,
         )

@@ -13,6 +13,7 @@ from serving.jobs.artifacts import finished_path
 from serving.jobs.fragment_log import FragmentLog, LogWriter
 from serving.jobs.store import StaleFence, Video, VideoStore
 from serving.media.fmp4 import remux_to_mp4
+from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
 from serving.pipeline.stages import Decoder, Denoiser, Fragment, StepDone, TextEncoder, VideoSpec
@@ -33,6 +34,7 @@ class Stages:
     denoiser: Denoiser
     decoder: Decoder
     rewriter: Rewriter | None = None
+    captioner: Captioner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Attempt:
             decoder=self._stages.decoder,
             sink=append,
             on_progress=self._on_step,
+            captioner=self._stages.captioner,
         )
         await writer.close()
         await asyncio.to_thread(self._finish, writer.log)

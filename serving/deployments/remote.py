@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from ray.exceptions import RayActorError
 
 from serving.deployments.attempt import Stages
@@ -31,7 +33,7 @@ class StageHandles:
 
 
 class RemoteTextEncoder:
-    """`TextEncoder` and `Rewriter` on whichever replica is least busy."""
+    """`TextEncoder`, `Rewriter` and `Captioner` on whichever replica is least busy."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -43,6 +45,10 @@ class RemoteTextEncoder:
     async def rewrite(self, prompt: str, seed: int) -> str:
         rewritten: str = await self._handle.rewrite.remote(prompt, seed)
         return rewritten
+
+    async def agreement(self, latents: NDArray[np.float32], prompt: str) -> float:
+        figure: float = await self._handle.agreement.remote(latents, prompt)
+        return figure
 
 
 class RemoteDenoiser:
@@ -91,4 +97,10 @@ class RemoteDecoder:
 
 def remote_stages(handles: StageHandles) -> Stages:
     text_encoder = RemoteTextEncoder(handles.text_encoder)
-    return Stages(text_encoder, RemoteDenoiser(handles.denoiser), RemoteDecoder(handles.decoder), rewriter=text_encoder)
+    return Stages(
+        text_encoder,
+        RemoteDenoiser(handles.denoiser),
+        RemoteDecoder(handles.decoder),
+        rewriter=text_encoder,
+        captioner=text_encoder,
+    )

@@ -1,23 +1,28 @@
-"""The text encoder behind Ray Serve, and the rewriter in front of it."""
+"""The text encoder behind Ray Serve, and the two small models that also have to do with words."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.bundle import Bundle
 from serving.chat import open_rewriter
 from serving.config import TextEncoderConfig
+from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.stages import TextEmbedding
 from serving.pipeline.text import EngineTextEncoder
 
 
 class TextEncoderDeployment:
-    """One replica: its engine, the embeddings of the prompts it has seen, and a rewriter or none."""
+    """One replica: its engine, the embeddings of the prompts it has seen, a rewriter and a captioner (or none)."""
 
     def __init__(self, bundle: Path, config: TextEncoderConfig) -> None:
         loaded = Bundle.load(bundle)
         self._stage = EngineTextEncoder.open(loaded, threads=config.threads, provider=config.provider)
         self._rewriter = open_rewriter(loaded, config.rewriter)
+        self._captioner = EngineCaptioner.open(loaded)
 
     async def encode(self, prompt: str) -> TextEmbedding:
         return await self._stage.encode(prompt)
@@ -25,3 +30,9 @@ class TextEncoderDeployment:
     async def rewrite(self, prompt: str, seed: int) -> str:
         """Without a rewriter the prompt stays as it is: the service's configuration was changed since it was asked."""
         return await self._rewriter.rewrite(prompt, seed) if self._rewriter else prompt
+
+    async def agreement(self, latents: NDArray[np.float32], prompt: str) -> float:
+        """Raises `ValueError` when the bundle, changed since it was asked, has no captioner."""
+        if self._captioner is None:
+            raise ValueError("this model has no captioner any more")
+        return await self._captioner.agreement(latents, prompt)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
+
+from serving.pipeline.captioning import Captioner
 from serving.pipeline.stages import (
     Decoder,
     Denoiser,
@@ -23,6 +27,7 @@ from serving.pipeline.stages import (
 WINDOW = 2
 # A video whose decoder session is lost this often for one chunk is given up.
 MAX_REPLAYS = 3
+_SEEDS = 2**63
 
 Sink = Callable[[Fragment], Awaitable[None]]
 OnProgress = Callable[[StepDone], None]
@@ -39,14 +44,18 @@ async def generate(
     decoder: Decoder,
     sink: Sink,
     on_progress: OnProgress | None = None,
+    captioner: Captioner | None = None,
 ) -> None:
     """Await `sink` with every fragment once, in order, while later chunks are still being made.
 
     Returns after the sink took the last fragment. When cancelled, or when a stage or the sink raises, every stage is
     told to stop and has let go of the video before this returns. Raises `LostSession` when decoders keep losing the
     session.
+
+    With `spec.best_of` above one, so many videos are denoised, of this seed and the following ones; only the one that
+    `captioner` finds nearest to the prompt is decoded. Raises `ValueError` when there is no captioner then.
     """
-    run = _Generation(video_id, spec, text_encoder, denoiser, decoder, on_progress)
+    run = _Generation(video_id, spec, text_encoder, denoiser, decoder, on_progress, captioner)
     try:
         await run.to(sink)
     except BaseException:
@@ -63,10 +72,12 @@ class _Generation:
         denoiser: Denoiser,
         decoder: Decoder,
         on_progress: OnProgress | None,
+        captioner: Captioner | None,
     ) -> None:
         self._video_id, self._spec = video_id, spec
         self._text_encoder, self._denoiser, self._decoder = text_encoder, denoiser, decoder
         self._on_progress = on_progress
+        self._captioner = captioner
         self._chunks: list[LatentChunk] = []
         self._decodes: asyncio.Queue[asyncio.Task[Fragment] | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(WINDOW)
@@ -89,7 +100,9 @@ class _Generation:
     async def _denoise(self) -> None:
         previous: asyncio.Task[Fragment] | None = None
         try:
-            async with aclosing(self._denoiser.denoise(await self._encode())) as events:
+            request = await self._encode()
+            events = self._denoiser.denoise(request) if self._spec.best_of == 1 else self._best(request)
+            async with aclosing(events):
                 async for event in events:
                     if isinstance(event, LatentChunk):
                         await self._places.acquire()
@@ -100,6 +113,43 @@ class _Generation:
                         self._on_progress(event)
         finally:
             self._decodes.put_nowait(None)
+
+    async def _best(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
+        """The steps of all candidates, then the chunks of the best; of equals the first."""
+        if self._captioner is None:
+            raise ValueError("the best of several was asked for, but there is no captioner")
+        steps: asyncio.Queue[StepDone | None] = asyncio.Queue()
+        candidates = [self._start(self._candidate(request, n, steps)) for n in range(self._spec.best_of)]
+        for candidate in candidates:
+            candidate.add_done_callback(lambda _: steps.put_nowait(None))
+        count, running = 0, len(candidates)
+        while running:
+            step = await steps.get()
+            if step is None:
+                running -= 1
+            else:
+                count += 1
+                yield StepDone(count, step.steps * len(candidates))
+        agreements = []
+        for candidate in candidates:
+            latents = np.concatenate([chunk.latents for chunk in await candidate], axis=1)
+            agreements.append(await self._captioner.agreement(latents, self._spec.rendered_prompt))
+        for chunk in candidates[agreements.index(max(agreements))].result():
+            yield chunk
+
+    async def _candidate(
+        self, request: DenoiseRequest, number: int, steps: asyncio.Queue[StepDone | None]
+    ) -> list[LatentChunk]:
+        spec = replace(self._spec, seed=(self._spec.seed + number) % _SEEDS)
+        request = replace(request, video_id=f"{self._video_id}-{number}", spec=spec)
+        chunks = []
+        async with aclosing(self._denoiser.denoise(request)) as events:
+            async for event in events:
+                if isinstance(event, LatentChunk):
+                    chunks.append(event)
+                else:
+                    steps.put_nowait(event)
+        return chunks
 
     async def _encode(self) -> DenoiseRequest:
         spec = self._spec

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from models.bundle import Bundle
 from serving.engines.onnx_runtime import CPU
+from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.generation import OnProgress, Sink, generate
@@ -27,12 +28,14 @@ class LocalPipeline:
         denoiser: EngineDenoiser,
         decoder: EngineDecoder,
         rewriter: OnnxRewriter | None = None,
+        captioner: EngineCaptioner | None = None,
     ) -> None:
         self.bundle = bundle
         self.text_encoder = text_encoder
         self.denoiser = denoiser
         self.decoder = decoder
         self.rewriter = rewriter
+        self.captioner = captioner
 
     @classmethod
     def open(
@@ -45,6 +48,7 @@ class LocalPipeline:
             EngineDenoiser.open(bundle, threads=threads, provider=provider, limits=limits),
             EngineDecoder.open(bundle, threads=threads, provider=provider),
             OnnxRewriter.open(bundle),
+            EngineCaptioner.open(bundle),
         )
 
     async def revise(self, spec: VideoSpec) -> VideoSpec:
@@ -63,6 +67,7 @@ class LocalPipeline:
             decoder=self.decoder,
             sink=sink,
             on_progress=on_progress,
+            captioner=self.captioner,
         )
 
     async def __aenter__(self) -> Self:
@@ -76,3 +81,5 @@ class LocalPipeline:
         await self.text_encoder.stop()
         if self.rewriter:
             await self.rewriter.stop()
+        if self.captioner:
+            await self.captioner.stop()

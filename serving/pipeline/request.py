@@ -11,6 +11,7 @@ from serving.pipeline.stages import VideoSpec
 from serving.pipeline.text import clean_prompt
 
 MAX_SEED = 2**63 - 1
+MAX_BEST_OF = 8
 MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 20.0
 
 
@@ -34,6 +35,7 @@ def make_spec(
     num_inference_steps: object = None,
     guidance_scale: object = None,
     rewrite_prompt: object = None,
+    best_of: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
 ) -> VideoSpec:
@@ -64,6 +66,7 @@ def make_spec(
         guidance_scale=_guidance_scale(guidance_scale, sampler.guidance_scale),
         sampler=sampler.name,
         rewrite_prompt=_rewrite_prompt(rewrite_prompt, can_rewrite, rewrite_by_default),
+        best_of=_best_of(manifest, best_of),
     )
 
 
@@ -89,6 +92,13 @@ def _rewrite_prompt(value: object, possible: bool, default: bool) -> bool:
     if value and not possible:
         raise InvalidRequest("rewrite_prompt", "rewrite_prompt is not possible: this model has no rewriter")
     return value
+
+
+def _best_of(manifest: Manifest, value: object) -> int:
+    count = _whole("best_of", value, 1, 1, MAX_BEST_OF)
+    if count > 1 and manifest.captioner is None:
+        raise InvalidRequest("best_of", "best_of must be 1: this model has no captioner to choose with")
+    return count
 
 
 def _whole(param: str, value: object, default: int, low: int, high: int) -> int:

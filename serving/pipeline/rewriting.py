@@ -25,11 +25,13 @@ class Rewriter(Protocol):
 
 
 async def revise(spec: VideoSpec, rewriter: Rewriter | None) -> VideoSpec:
-    """`spec` with its `revised_prompt`, if it asks for one and has none yet. Raises `ValueError` without a rewriter."""
+    """`spec` with its `revised_prompt`, if it asks for one and has none yet."""
     if not spec.rewrite_prompt or spec.revised_prompt is not None:
         return spec
     if rewriter is None:
-        raise ValueError("the prompt was to be rewritten, but there is no rewriter any more")
+        # The configuration was changed since the video was asked for: no reason to fail it.
+        _log.warning("a prompt was to be rewritten, but there is no rewriter any more")
+        return spec
     return replace(spec, revised_prompt=await rewriter.rewrite(spec.prompt, spec.seed))
 
 

@@ -25,6 +25,7 @@ class VideoSpec:
     sampler: Literal["euler", "unipc"] = "unipc"
     rewrite_prompt: bool = False
     revised_prompt: str | None = None
+    best_of: int = 1
 
     @property
     def rendered_prompt(self) -> str:
