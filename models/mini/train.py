@@ -22,8 +22,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes that share gradients")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--clips", type=int, default=3000, help="clips to cache (latents)")
+    parser.add_argument("--start", type=Path, help="begin with this checkpoint's weights instead of from nothing")
     options = parser.parse_args()
-    run = Run(options.folder, options.stage, options.minutes, 0, options.workers, options.learning_rate)
+    run = Run(
+        options.folder,
+        options.stage,
+        options.minutes,
+        workers=options.workers,
+        learning_rate=options.learning_rate,
+        start=options.start,
+    )
     match options.stage:
         case "latents":
             spawn(cache_latents, run, options.clips)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from models.mini.captions import build_tokenizer, canonical, caption
-from models.mini.evaluate import score
 from models.mini.networks import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
@@ -22,6 +24,7 @@ from models.mini.networks import (
     build_text_encoder,
     build_transformer,
 )
+from models.mini.places import CHANNELS, token_labels
 from models.mini.render import render
 from models.mini.scene import make_scene
 from models.mini.train_vae import to_tensor, trained_vae
@@ -29,6 +32,8 @@ from models.mini.training import Run, train
 from models.mini.world import Attributes, draw
 
 CAPTION_DROPOUT = 0.1
+PROBED_BLOCK = 3
+PROBE_WEIGHT = 0.3
 
 
 # Latents --------------------------------------------------------------------------------------------------------------
@@ -45,29 +50,44 @@ def cache_latents(run: Run, clips: int) -> None:
             continue
         rng = np.random.default_rng([first, 31])
         attributes = [draw(rng) for _ in range(block)]
-        batch = to_tensor(np.stack([render(make_scene(a, rng)) for a in attributes]))
+        scenes = [make_scene(a, rng) for a in attributes]
+        batch = to_tensor(np.stack([render(scene) for scene in scenes]))
         latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, latents=latents, attributes=json.dumps([a.to_json() for a in attributes]))
+            np.savez(
+                file,
+                latents=latents,
+                attributes=json.dumps([a.to_json() for a in attributes]),
+                labels=np.stack([token_labels(scene) for scene in scenes]).astype(np.float16),
+            )
         partial.replace(path)
         if run.rank == 0:
             print(f"latents {first}/{clips}", flush=True)
 
 
-def load_latents(folder: Path) -> tuple[NDArray[np.float16], list[Attributes]]:
-    """All cached latents `[clips, channels, frames, height, width]` and what they show."""
-    files = [np.load(path) for path in sorted((folder / "latents").glob("*.npz"))]
-    attributes = [Attributes.from_json(row) for file in files for row in json.loads(str(file["attributes"]))]
-    return np.concatenate([file["latents"] for file in files]), attributes
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Cached clips `[clips, channels, frames, height, width]`, what they show, and their `token_labels`."""
+
+    latents: NDArray[np.float16]
+    attributes: list[Attributes]
+    labels: NDArray[np.float16]
+
+    @classmethod
+    def load(cls, folder: Path) -> Latents:
+        files = [np.load(path) for path in sorted((folder / "latents").glob("*.npz"))]
+        attributes = [Attributes.from_json(row) for file in files for row in json.loads(str(file["attributes"]))]
+        latents, labels = (np.concatenate([file[name] for file in files]) for name in ("latents", "labels"))
+        return cls(latents, attributes, labels)
 
 
 def latent_statistics(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel; fixed by the first call, so that the cache may grow."""
     path = folder / "latent-statistics.json"
     if not path.exists():
-        sample = load_latents(folder)[0][:512].astype(np.float32)
+        sample = Latents.load(folder).latents[:512].astype(np.float32)
         path.write_text(json.dumps([sample.mean((0, 2, 3, 4)).tolist(), sample.std((0, 2, 3, 4)).tolist()]))
     mean, std = json.loads(path.read_text())
     return mean, std
@@ -93,24 +113,67 @@ class Captioned(nn.Module):
         return nn.functional.pad(hidden, (0, 0, 0, TEXT_LENGTH - longest))
 
 
+class Probe(nn.Module):
+    """Reads `token_labels` off a middle block of the denoiser; thrown away after training."""
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        super().__init__()
+        inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.head = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, CHANNELS))
+        self.seen = torch.empty(0)
+        transformer.blocks[PROBED_BLOCK].register_forward_hook(lambda _module, _inputs, output: self._see(output))
+
+    def _see(self, hidden: torch.Tensor) -> None:
+        self.seen = hidden
+
+    def loss(self, labels: torch.Tensor) -> torch.Tensor:
+        """Squared error against `[batch, frames, rows, columns, CHANNELS]` of the transformer's latest call."""
+        error: torch.Tensor = self.head(self.seen) - labels.flatten(1, 3)
+        return error.square().sum(-1).mean()
+
+
+def start_from(checkpoint: Path, text: Captioned, transformer: WanTransformer3DModel) -> None:
+    """Copy a diffusers checkpoint's weights; words that both tokenizers know keep their embedding."""
+    transformer.load_state_dict(WanTransformer3DModel.from_pretrained(checkpoint / "transformer").state_dict())
+    known = UMT5EncoderModel.from_pretrained(checkpoint / "text_encoder").state_dict()
+    words = Tokenizer.from_file(str(checkpoint / "tokenizer" / "tokenizer.json")).get_vocab()
+    state = text.encoder.state_dict()
+    for name, value in known.items():
+        if value.shape == state[name].shape:
+            state[name] = value
+            continue
+        for word, index in text.tokenizer.get_vocab().items():
+            if word in words:
+                state[name][index] = value[words[word]]
+    text.encoder.load_state_dict(state)
+
+
 def train_dit(run: Run) -> None:
-    """Short clips (17 frames) for the first 60 % of the time, whole ones after; captions dropped for guidance."""
-    latents, attributes = load_latents(run.folder)
+    """Captions are dropped now and then for guidance.
+
+    From nothing: short clips (17 frames) for the first 60 % of the time, whole ones after.
+    """
+    data = Latents.load(run.folder)
     mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(run.folder))
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 5])
     tokenizer = build_tokenizer()
     text, transformer = Captioned(tokenizer), build_transformer()
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
+    if run.start:
+        start_from(run.start, text, transformer)
+    else:
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
+    probe = Probe(transformer)
     # The sky is easy and the middle is where things move: weigh each place by how much it differs between clips.
-    spread = torch.from_numpy(latents[:512].astype(np.float32)).std(0).mean((0, 1))
+    spread = torch.from_numpy(data.latents[:512].astype(np.float32)).std(0).mean((0, 1))
     weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None]
 
     def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        frames, batch = (5, 16) if progress < 0.6 else (9, 12)
-        chosen = rng.integers(len(latents), size=batch)
-        clean = torch.from_numpy((latents[chosen, :, :frames].astype(np.float32) - mean) / std)
-        prompts = ["" if rng.random() < CAPTION_DROPOUT else caption(attributes[i], rng) for i in chosen]
+        frames, batch = (5, 16) if progress < 0.6 and not run.start else (9, 12)
+        chosen = rng.integers(len(data.latents), size=batch)
+        clean = torch.from_numpy((data.latents[chosen, :, :frames].astype(np.float32) - mean) / std)
+        labels = torch.from_numpy(data.labels[chosen, :frames].astype(np.float32))
+        prompts = ["" if rng.random() < CAPTION_DROPOUT else caption(data.attributes[i], rng) for i in chosen]
         # Stratified logit-normal times, shifted towards noise as the sampler's are.
         uniform = (torch.randperm(batch) + torch.rand(batch)) / batch
         sigma = torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-3, 1 - 1e-3) - 1))
@@ -123,15 +186,16 @@ def train_dit(run: Run) -> None:
             encoder_hidden_states=text(prompts),
             return_dict=False,
         )[0]
-        loss = (weight * (velocity - (noise - clean)).square()).mean()
-        return loss, {f"loss{frames}": loss.item()}
+        flow = (weight * (velocity - (noise - clean)).square()).mean()
+        places = probe.loss(labels)
+        return flow + PROBE_WEIGHT * places, {f"loss{frames}": flow.item(), "places": places.item()}
 
     def report(step: int) -> dict[str, float]:
         if step % (5 * run.save_every):
             return {}
         return score_samples(run.folder, text, transformer, 12)
 
-    train(run, {"text": text, "transformer": transformer}, step, report)
+    train(run, {"text": text, "transformer": transformer, "probe": probe}, step, report)
 
 
 # Watching it learn ----------------------------------------------------------------------------------------------------
@@ -173,5 +237,7 @@ def score_samples(folder: Path, text: Captioned, transformer: nn.Module, count: 
     clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
     sheet = np.concatenate([np.concatenate(list(clip[::6]), 1) for clip in clips[:12]])
     Image.fromarray(sheet).save(folder / "samples.png")
+    from models.mini.evaluate import score  # wants the judge
+
     accuracies = score(wanted, list(clips)).accuracies()
     return {f"judged_{name}": share for name, share in accuracies.items()}

@@ -36,6 +36,7 @@ class Run:
     workers: int = 1
     learning_rate: float = 1e-3
     save_every: int = 100
+    start: Path | None = None  # a diffusers checkpoint whose weights a new stage begins with
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
