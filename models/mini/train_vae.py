@@ -70,7 +70,7 @@ def trained_vae(folder: Path) -> AutoencoderKLWan:
 
 
 def train_vae(run: Run, decoder_only: bool) -> None:
-    """Crops of 64x64 first, whole clips among them for the last third of the time.
+    """Crops of 64x64 first, whole clips among them for the last fifth of the time.
 
     fp32: 3-D convolutions in bf16 fail on CPUs. Starts from the VAE of the checkpoint `run.start`, if there is one.
     """
@@ -87,7 +87,7 @@ def train_vae(run: Run, decoder_only: bool) -> None:
     held = _held_out_clips(4)
 
     def step(index: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        if progress < 0.65 or rng.random() < 0.4:
+        if progress < 0.8 or rng.random() < 0.4:
             clip = pool.crops(rng, 4, int(rng.choice([1, 5, 9, 9, 17])), 64)
         else:
             # Whole clips too: a causal convolution that only ever saw a clip's beginning drifts after it.
