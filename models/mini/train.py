@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from models.mini.train_dit import cache_latents, train_dit
+from models.mini.latents import LONG, cache_latents
+from models.mini.scene import FRAMES
+from models.mini.train_dit import train_dit
 from models.mini.train_vae import train_vae
 from models.mini.training import Run, spawn
 
@@ -22,6 +24,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes that share gradients")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--clips", type=int, default=3000, help="clips to cache (latents)")
+    parser.add_argument(
+        "--frames", type=int, default=FRAMES, help=f"frames of a cached clip; {LONG} for causal training"
+    )
     parser.add_argument("--start", type=Path, help="begin with this checkpoint's weights instead of from nothing")
     options = parser.parse_args()
     run = Run(
@@ -34,7 +39,7 @@ def main() -> None:
     )
     match options.stage:
         case "latents":
-            spawn(cache_latents, run, options.clips)
+            spawn(cache_latents, run, options.clips, options.frames)
         case "dit":
             spawn(train_dit, run)
         case stage:

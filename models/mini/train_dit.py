@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import UMT5EncoderModel
 
 from models.mini.captions import build_tokenizer, canonical, caption
+from models.mini.latents import Latents, latent_statistics
 from models.mini.networks import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
@@ -24,76 +22,14 @@ from models.mini.networks import (
     build_text_encoder,
     build_transformer,
 )
-from models.mini.places import CHANNELS, token_labels
-from models.mini.render import render
-from models.mini.scene import make_scene
-from models.mini.train_vae import to_tensor, trained_vae
+from models.mini.places import CHANNELS
+from models.mini.train_vae import trained_vae
 from models.mini.training import Run, train
-from models.mini.world import Attributes, draw
+from models.mini.world import draw
 
 CAPTION_DROPOUT = 0.1
 PROBED_BLOCK = 3
 PROBE_WEIGHT = 0.3
-
-
-# Latents --------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def cache_latents(run: Run, clips: int) -> None:
-    """Render and encode this worker's share of `clips`; goes on where an earlier call stopped."""
-    vae = trained_vae(run.folder)
-    block = 8
-    for first in range(run.rank * block, clips, run.workers * block):
-        path = run.folder / "latents" / f"{first:06d}.npz"
-        if path.exists():
-            continue
-        rng = np.random.default_rng([first, 31])
-        attributes = [draw(rng) for _ in range(block)]
-        scenes = [make_scene(a, rng) for a in attributes]
-        batch = to_tensor(np.stack([render(scene) for scene in scenes]))
-        latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                latents=latents,
-                attributes=json.dumps([a.to_json() for a in attributes]),
-                labels=np.stack([token_labels(scene) for scene in scenes]).astype(np.float16),
-            )
-        partial.replace(path)
-        if run.rank == 0:
-            print(f"latents {first}/{clips}", flush=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Latents:
-    """Cached clips `[clips, channels, frames, height, width]`, what they show, and their `token_labels`."""
-
-    latents: NDArray[np.float16]
-    attributes: list[Attributes]
-    labels: NDArray[np.float16]
-
-    @classmethod
-    def load(cls, folder: Path) -> Latents:
-        files = [np.load(path) for path in sorted((folder / "latents").glob("*.npz"))]
-        attributes = [Attributes.from_json(row) for file in files for row in json.loads(str(file["attributes"]))]
-        latents, labels = (np.concatenate([file[name] for file in files]) for name in ("latents", "labels"))
-        return cls(latents, attributes, labels)
-
-
-def latent_statistics(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel; fixed by the first call, so that the cache may grow."""
-    path = folder / "latent-statistics.json"
-    if not path.exists():
-        sample = Latents.load(folder).latents[:512].astype(np.float32)
-        path.write_text(json.dumps([sample.mean((0, 2, 3, 4)).tolist(), sample.std((0, 2, 3, 4)).tolist()]))
-    mean, std = json.loads(path.read_text())
-    return mean, std
-
-
-# Flow matching --------------------------------------------------------------------------------------------------------
 
 
 class Captioned(nn.Module):
