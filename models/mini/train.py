@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models.mini.latents import LONG, cache_latents
 from models.mini.scene import FRAMES
+from models.mini.train_causal import train_causal, train_distil
 from models.mini.train_dit import train_dit
 from models.mini.train_vae import train_vae
 from models.mini.training import Run, spawn
@@ -18,7 +19,7 @@ from models.mini.training import Run, spawn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit"])
+    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit", "causal", "distil"])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="states, caches and curves")
     parser.add_argument("--minutes", type=float, default=30, help="budget of the stage over all its resumptions")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes that share gradients")
@@ -42,6 +43,10 @@ def main() -> None:
             spawn(cache_latents, run, options.clips, options.frames)
         case "dit":
             spawn(train_dit, run)
+        case "causal":
+            spawn(train_causal, run)
+        case "distil":
+            spawn(train_distil, run)
         case stage:
             spawn(train_vae, run, stage == "decoder")
 
