@@ -38,7 +38,9 @@ class Normalised:
         self._mean, self._std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(folder))
         # The sky is easy and the middle is where things move: weigh each place by how much it differs between clips.
         spread = torch.from_numpy(self.data.latents[:512].astype(np.float32)).std(0).mean((0, 1))
-        self.weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None]
+        by_frame = torch.ones(self.data.latents.shape[2])
+        by_frame[0] = 2.0  # the one latent frame of its kind, and the first that is seen
+        self.weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None] * by_frame[:, None, None]
 
     def draw(self, rng: np.random.Generator, count: int, frames: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """Latents `[count, channels, frames, 8, 8]`, a caption each (now and then none), and `token_labels`."""
@@ -97,7 +99,7 @@ def train_dit(run: Run) -> None:
             encoder_hidden_states=text(prompts),
             return_dict=False,
         )[0]
-        flow = (data.weight * (velocity - (noise - clean)).square()).mean()
+        flow = (data.weight[:, :, :frames] * (velocity - (noise - clean)).square()).mean()
         places = probe.loss(labels)
         return flow + PROBE_WEIGHT * places, {f"loss{frames}": flow.item(), "places": places.item()}
 

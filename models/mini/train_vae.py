@@ -98,8 +98,12 @@ def train_vae(run: Run, decoder_only: bool) -> None:
             noisy = latents + 0.03 * torch.randn_like(latents)  # a decoder that forgives the denoiser's small errors
         decoded = vae.decode(noisy).sample
         error = decoded - clip
-        pixel, squared = error.abs().mean(), error.square().mean()
-        edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+        # The first frame has a latent of its own, four others share one: seen rarely, it would stay the worst.
+        weight = torch.ones(clip.shape[2])
+        weight[0] = 3.0
+        weight = (weight / weight.mean())[:, None, None]
+        pixel, squared = (weight * error.abs()).mean(), error.square().mean()
+        edges = ((weight * error.diff(dim=-1).abs()).mean() + (weight * error.diff(dim=-2).abs()).mean()) / 2
         loss = pixel + 4 * squared + 0.5 * edges
         if not decoder_only:
             loss = loss + 1e-3 * latents.square().mean()  # keeps the latents' scale in reach of the noise above
