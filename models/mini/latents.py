@@ -18,6 +18,7 @@ from models.mini.training import Run
 from models.mini.world import Attributes, draw
 
 LONG = 69  # frames: six chunks of a causal rollout, more than its window holds
+BLOCK = 8  # clips a file
 
 
 def folder_of(folder: Path, frames: int) -> Path:
@@ -28,13 +29,12 @@ def folder_of(folder: Path, frames: int) -> Path:
 def cache_latents(run: Run, clips: int, frames: int) -> None:
     """Render and encode this worker's share of `clips`, `frames` pixel frames each; an earlier call's are kept."""
     vae = trained_vae(run.folder)
-    block = 8
-    for first in range(run.rank * block, clips, run.workers * block):
+    for first in range(run.rank * BLOCK, clips, run.workers * BLOCK):
         path = folder_of(run.folder, frames) / f"{first:06d}.npz"
         if path.exists():
             continue
         rng = np.random.default_rng([first, frames])
-        attributes = [draw(rng) for _ in range(block)]
+        attributes = [draw(rng) for _ in range(BLOCK)]
         scenes = [make_scene(a, rng, frames) for a in attributes]
         batch = to_tensor(np.stack([render(scene) for scene in scenes]))
         latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
