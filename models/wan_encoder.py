@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from models.wan import _Caches, _residual_block, _same_batch
+from models.wan import _Caches, _residual_block, check_same_batch
 
 GROUP = 4
 
@@ -95,5 +95,5 @@ class EncoderNext(_Encoder):
     """Four more `frames` and the caches to one more frame of `latents` and the next caches."""
 
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        _same_batch(frames, *caches)
+        check_same_batch(frames, *caches)
         return self.encode(frames, _EncoderCaches(caches))
