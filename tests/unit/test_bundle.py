@@ -92,6 +92,14 @@ def test_the_digest_names_the_content(write: Callable[..., Path]) -> None:
     assert Bundle.load(root).digest != digest
 
 
+@pytest.mark.parametrize("section", ["rewriter", "captioner"])
+def test_a_section_needs_its_graphs(write: Callable[..., Path], section: str) -> None:
+    words = {"words": ["", "</s>", "a"], "starts": 1, "max_words": 8}
+    extra = {"rewriter": {"buckets": 16, "max_prompt_words": 8}, "captioner": {"max_frames": 9}}
+    root = write(lambda content: content.update({section: words | extra[section]}))
+    assert f"no graph '{section}_encoder'" in refusal(root)
+
+
 def test_missing_directory(tmp_path: Path) -> None:
     assert "There is no bundle" in refusal(tmp_path / "nowhere")
 

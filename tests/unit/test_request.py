@@ -46,6 +46,18 @@ def test_without_a_seed_every_video_gets_another_one() -> None:
     assert len({make_spec(MANIFEST, "a red ball").seed for _ in range(8)}) > 1
 
 
+def test_prompts_are_rewritten_where_they_can_be_unless_asked_otherwise() -> None:
+    def rewritten(asked: object = None, **options: bool) -> bool:
+        return make_spec(MANIFEST, "a red ball", rewrite_prompt=asked, **options).rewrite_prompt
+
+    assert [rewritten(), rewritten(False), rewritten(can_rewrite=True)] == [False, False, True]
+    assert not rewritten(can_rewrite=True, rewrite_by_default=False)
+    assert rewritten(True, can_rewrite=True, rewrite_by_default=False)
+    assert not rewritten(False, can_rewrite=True)
+    assert (refused(rewrite_prompt=True).param, refused(rewrite_prompt="yes").param) == ("rewrite_prompt",) * 2
+    assert refused(best_of=2).param == "best_of"
+
+
 def test_what_is_asked_for_is_taken() -> None:
     spec = make_spec(
         MANIFEST,
