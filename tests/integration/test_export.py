@@ -23,6 +23,7 @@ from export.onnx import ExportError, Graph, WeightFile, export_graph, leaks
 from export.settings import CheckpointSettings
 from models.bundle import Bundle
 from models.wan import DecoderFirst, DecoderNext, WanCheckpoint
+from models.wan_encoder import GROUP, EncoderFirst, EncoderNext
 
 # Exporting takes most of a minute of a free core, and this machine may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -67,7 +68,8 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
         assert set(graph.parity) >= {tensor.name for tensor in graph.outputs}
         assert all(error <= TOLERANCE for name, error in graph.parity.items() if name != "frames")
         assert len(graph.verified_shapes) >= 4
-    assert 0 <= manifest.graphs["decoder_next"].parity["streaming"] <= TOLERANCE
+    for name in ("decoder_next", "encoder_next"):
+        assert 0 <= manifest.graphs[name].parity["streaming"] <= TOLERANCE
 
 
 def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
@@ -79,8 +81,10 @@ def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
         for name, graph in tiny_bundle.manifest.graphs.items()
     }
     caches = [name for name in found["decoder_first"][1] if name.startswith("cache_")]
+    encoder_caches = [name for name in found["encoder_first"][1] if name.startswith("cache_")]
     assert caches == [f"cache_{index:02}" for index in range(len(caches))]
     decoded = {"frames": "uint8", "pixels": "float32"}
+    remembered = {"memory": "float32", "memory_mask": "int64"}
     assert found == {
         "text_encoder": ({"input_ids": "int64", "attention_mask": "int64"}, {"hidden_states": "float32"}),
         "denoiser": (
@@ -92,6 +96,15 @@ def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
             {"latents": "float32"} | dict.fromkeys(caches, "float32"),
             decoded | {f"next_{name}": "float32" for name in caches},
         ),
+        "encoder_first": ({"frames": "uint8"}, {"latents": "float32"} | dict.fromkeys(encoder_caches, "float32")),
+        "encoder_next": (
+            {"frames": "uint8"} | dict.fromkeys(encoder_caches, "float32"),
+            {"latents": "float32"} | {f"next_{name}": "float32" for name in encoder_caches},
+        ),
+        "rewriter_encoder": ({"ngrams": "int64"}, remembered),
+        "rewriter_decoder": ({"ids": "int64"} | remembered, {"logits": "float32"}),
+        "captioner_encoder": ({"latents": "float32"}, remembered),
+        "captioner_decoder": ({"ids": "int64"} | remembered, {"logits": "float32"}),
     }
     first, following = (tiny_bundle.manifest.graphs[name] for name in ("decoder_first", "decoder_next"))
     shapes = {tensor.name: tensor.shape for tensor in first.outputs}
@@ -214,6 +227,24 @@ def test_the_walk_over_the_decoder_is_exact_in_torch(residual: bool) -> None:
     assert torch.equal(torch.cat(streamed, dim=2), whole)
 
 
+@pytest.mark.parametrize("residual", [True, False], ids=["wan2.2", "wan2.1"])
+@pytest.mark.parametrize("count", [1, 5, 13])
+def test_streamed_encoding_is_encoding_in_one_go(residual: bool, count: int) -> None:
+    vae = tiny_vae(residual)
+    side = 32 if residual else 4
+    random = torch.Generator().manual_seed(count)
+    frames = torch.randint(0, 256, (2, count, 2 * side, side, 3), generator=random, dtype=torch.uint8)
+    with torch.no_grad():
+        latents, *caches = EncoderFirst(vae)(frames[:, :1])
+        streamed = [latents]
+        for start in range(1, count, GROUP):
+            latents, *caches = EncoderNext(vae)(frames[:, start : start + GROUP], *caches)
+            streamed.append(latents)
+        whole = vae.encode(frames.float().permute(0, 4, 1, 2, 3) / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(denormalised(vae, torch.cat(streamed, dim=2)), whole, atol=1e-5, rtol=0)
+    assert whole.std() > 0.1
+
+
 def test_graphs_carry_nothing_of_the_machine_they_were_made_on(tiny_bundle: Bundle) -> None:
     for name in tiny_bundle.manifest.graphs:
         path = tiny_bundle.path_of(name)
@@ -332,6 +363,12 @@ def test_settings_by_default(tmp_path: Path) -> None:
     assert (sampler.name, sampler.shift) == ("euler", 5.0)
     with pytest.raises(ExportError, match="DDIMScheduler"):
         settings.sampler_info({"_class_name": "DDIMScheduler"})
+
+
+@pytest.mark.parametrize("part", ["rewriter", "captioner"])
+def test_a_small_model_that_cannot_be_read_is_named(broken: Path, folder: Path, part: str) -> None:
+    (broken / part / "config.json").write_text("{")
+    assert f"{part} can't be read" in refusal(broken, folder)
 
 
 def test_a_place_that_holds_something_else_is_left_alone(tiny_checkpoint: Path, folder: Path) -> None:
