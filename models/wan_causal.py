@@ -78,7 +78,7 @@ class _Causal(nn.Module):
             in_time, in_height, in_width = torch.split(frequencies, [rope.t_dim, rope.h_dim, rope.w_dim], dim=1)
             size = (*frames.shape, rows, columns, -1)
             parts = (
-                in_time[frames][..., None, None, :].expand(size),
+                F.embedding(frames, in_time)[..., None, None, :].expand(size),
                 in_height[:rows, None].expand(size),
                 in_width[:columns].expand(size),
             )

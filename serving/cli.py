@@ -36,6 +36,7 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same vid
 class Sampler(StrEnum):
     euler = "euler"
     unipc = "unipc"
+    renoise = "renoise"
 
 
 def main() -> None:
