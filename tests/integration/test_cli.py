@@ -35,6 +35,15 @@ def test_generate_writes_a_video_and_prints_its_path(tiny_bundle: Bundle, tmp_pa
     assert sorted(tmp_path.iterdir()) == outputs
 
 
+def test_generate_rolls_a_causal_bundle_out(tiny_causal_bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    arguments = ["a red ball", "-o", str(output), "--bundle", str(tiny_causal_bundle.root), "--seconds", "5"]
+    done = runner.invoke(app, ["generate", *arguments])
+    assert done.exit_code == 0, done.output
+    with av.open(str(output)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 5 * tiny_causal_bundle.manifest.fps + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
