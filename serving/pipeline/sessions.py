@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.bundle import Manifest
 from models.samplers import SamplerTable, advance, build_table
 from serving.engines.engine import Array
-from serving.pipeline.geometry import latent_shape
+from serving.pipeline.geometry import chunk_from, latent_shape
 from serving.pipeline.stages import DenoiseRequest, LatentChunk
 
 Floats = NDArray[np.float32]
@@ -137,9 +137,8 @@ class CausalSession(Session):
         super().__init__(manifest, request)
         assert manifest.causal is not None
         self._window = manifest.window
-        self._scenes = dict(sorted((start, text.hidden_states) for start, text in request.scenes))
-        if any(start < 1 for start in self._scenes):
-            raise ValueError(f"{request.video_id}: a prompt changes from chunk 1 on, at the earliest")
+        scenes = sorted(request.scenes, key=lambda scene: scene[0])
+        self._scenes = {chunk_from(manifest, start): text.hidden_states for start, text in scenes}
         _, _, height, width = self._latent_shape
         grid = height // self._patch, width // self._patch
         causal = manifest.causal

@@ -16,7 +16,8 @@ from models.samplers import SamplerName
 class VideoSpec:
     """A request with every default filled in and every limit checked: all that determines the frames.
 
-    `scene_prompts` are pairs of a chunk's index and the prompt from that chunk on; only a causal model can have them.
+    `scene_prompts` are pairs of a time in seconds and the prompt from the first chunk on that begins then or later;
+    only a causal model can have them.
     """
 
     prompt: str
@@ -28,7 +29,7 @@ class VideoSpec:
     num_inference_steps: int
     guidance_scale: float
     sampler: SamplerName = "unipc"
-    scene_prompts: tuple[tuple[int, str], ...] = ()
+    scene_prompts: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class TextEmbedding:
 class DenoiseRequest:
     """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`.
 
-    `scenes` are `spec.scene_prompts`, encoded: from a chunk on another embedding stands in for `conditional`, while the
+    `scenes` are `spec.scene_prompts`, encoded: from a time on another embedding stands in for `conditional`, while the
     cached context is kept.
     """
 
@@ -50,7 +51,7 @@ class DenoiseRequest:
     spec: VideoSpec
     conditional: TextEmbedding
     unconditional: TextEmbedding | None
-    scenes: tuple[tuple[int, TextEmbedding], ...] = ()
+    scenes: tuple[tuple[float, TextEmbedding], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,8 @@ def test_bytes_do_not_depend_on_what_else_is_in_flight(client: httpx.Client, tin
 
 
 def test_a_causal_model_streams_the_bytes_of_one_process(client: httpx.Client, tiny_causal_bundle: Bundle) -> None:
-    asked = {"prompt": "a red ball moving left", "seconds": 5, "seed": 7}
+    scenes = [{"start_seconds": 2.5, "prompt": "a blue cube spinning"}]
+    asked = {"prompt": "a red ball moving left", "seconds": 5, "seed": 7, "scene_prompts": scenes}
     stream = streamed(client, {**asked, "model": "tiny-causal"})
     made = made_alone(tiny_causal_bundle, asked)
     assert len(made) == 7

@@ -279,7 +279,8 @@ async def test_a_longer_video_begins_as_a_shorter_one(pipeline: LocalPipeline, s
 
 async def test_the_prompt_may_change_between_chunks(pipeline: LocalPipeline, spec: Callable[..., VideoSpec]) -> None:
     before = await fragments_of(pipeline, spec(seconds=3))
-    changing = await fragments_of(pipeline, replace(spec(seconds=3), scene_prompts=((2, "a blue cube"),)))
+    scenes = [{"start_seconds": 1, "prompt": "a blue cube"}]
+    changing = await fragments_of(pipeline, spec(seconds=3, scene_prompts=scenes))
     after = await fragments_of(pipeline, spec("a blue cube", seconds=3))
     assert changing[:2] == before[:2]
     assert all(changing[n].data not in (before[n].data, after[n].data) for n in (2, 3, 4))

@@ -11,8 +11,9 @@ import pytest
 
 from models.bundle import CausalInfo, LatentInfo, LimitsInfo, Manifest, SamplerInfo, TextInfo
 from serving.engines.engine import Array
+from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import CausalSession, Session, open_session
+from serving.pipeline.sessions import Session, open_session
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
 
 MANIFEST = Manifest(
@@ -131,7 +132,8 @@ def test_the_last_chunk_may_be_short() -> None:
 
 
 def test_the_prompt_changes_between_chunks_and_the_negative_one_does_not() -> None:
-    scenes = ((3, text(3)), (1, text(2)), (99, text(4)))
+    # Chunks begin at frame 0, 9, 21, 33 … of 16 a second.
+    scenes = ((33 / 16, text(3)), (0.1, text(2)), (99.0, text(4)))
     session = open_session(MANIFEST, replace(request(seconds=4, guidance_scale=2.0), scenes=scenes))
     for feeds, _ in calls(session):
         chunk = int(feeds["write_index"][0])
@@ -140,12 +142,21 @@ def test_the_prompt_changes_between_chunks_and_the_negative_one_does_not() -> No
         assert np.unique(feeds["encoder_hidden_states"][1]) == [-1]
 
 
+def test_a_scene_begins_with_the_first_chunk_that_begins_in_it() -> None:
+    for fps in (16, 24, 30):
+        manifest = MANIFEST.model_copy(update={"fps": fps})
+        for chunk in range(1, 200):
+            start = first_frame(manifest, chunk)
+            assert chunk_from(manifest, start / fps) == chunk
+            assert chunk_from(manifest, (start - 0.5) / fps) == chunk
+            assert chunk_from(manifest, (start + 0.5) / fps) == chunk + 1
+    assert [chunk_from(MANIFEST, seconds) for seconds in (0, 0.001, 1 / 16)] == [0, 1, 1]
+
+
 def test_what_a_rollout_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match="from chunk 1 on"):
-        CausalSession(MANIFEST, replace(request(), scenes=((0, text(2)),)))
     both_ways = MANIFEST.model_copy(update={"rollout": "bidirectional", "causal": None})
     with pytest.raises(ValueError, match="its prompt can't change"):
-        open_session(both_ways, replace(request(), scenes=((1, text(2)),)))
+        open_session(both_ways, replace(request(), scenes=((1.0, text(2)),)))
     with pytest.raises(ValueError, match="no context window"):
         _ = both_ways.window
     with pytest.raises(ValueError, match="unconditional embedding"):
