@@ -14,9 +14,26 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 CHANNELS = 8
 TEXT_DIM = 16
 MAX_TOKENS = 64
+SETTINGS = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
+CAUSAL_SETTINGS = {
+    "name": "tiny-causal",
+    "max_tokens": MAX_TOKENS,
+    "rollout": "causal",
+    # Three chunks in all, so that short videos outlive it.
+    "causal": {"sink_chunks": 1, "window_chunks": 2},
+    "sampler": {"name": "renoise", "shift": 3.0, "num_inference_steps": 2, "guidance_scale": 1.0},
+    "limits": {
+        "default_size": [64, 64],
+        "min_side": 64,
+        "max_side": 256,
+        "size_multiple": 16,
+        "default_seconds": 4,
+        "max_seconds": 120,
+    },
+}
 
 
-def build_tiny_checkpoint(path: Path) -> None:
+def build_tiny_checkpoint(path: Path, *, causal: bool = False) -> None:
     """Write a `WanPipeline` directory with a `rushes.json`."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -26,12 +43,19 @@ def build_tiny_checkpoint(path: Path) -> None:
         ),
         text_encoder=tiny_text_encoder(tokenizer.get_vocab_size()),
         vae=tiny_vae(),
-        transformer=tiny_transformer(),
+        # Two layers where there is a cache, since each has its own part of it.
+        transformer=tiny_transformer(layers=2 if causal else 1),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     ).save_pretrained(path)
-    settings = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
+    settings: dict[str, Any] = {
+        "name": "tiny",
+        "max_tokens": MAX_TOKENS,
+        "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0},
+    }
+    if causal:
+        settings |= CAUSAL_SETTINGS
     (path / "rushes.json").write_text(json.dumps(settings))
 
 

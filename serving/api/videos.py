@@ -87,6 +87,7 @@ def _new_video(body: CreateVideoRequest, catalog: Catalog) -> Video:
             negative_prompt=body.negative_prompt,
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
+            scene_prompts=body.scene_prompts,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

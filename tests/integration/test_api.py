@@ -107,6 +107,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"negative_prompt": "b" * 40_000}, 400, "negative_prompt"),
     ({"stream": "maybe"}, 400, "stream"),
     ({"stream": 1}, 400, "stream"),
+    ({"scene_prompts": [{"start_seconds": 1, "prompt": "a cube"}]}, 400, "scene_prompts"),
+    ({"scene_prompts": "a cube"}, 400, "scene_prompts"),
     ({"num_steps": 3}, 400, "num_steps"),
     ({"input_reference": {"image_url": "data:,"}}, 400, "input_reference"),
 ]
@@ -210,6 +212,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "seed": 7,
         "negative_prompt": "",
         "guidance_scale": 2.0,
+        "scene_prompts": [],
     }
     assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
     assert service.wakes == 1
