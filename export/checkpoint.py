@@ -15,6 +15,7 @@ from export.settings import CheckpointSettings
 from models.bundle import (
     MANIFEST,
     Bundle,
+    CausalInfo,
     FileInfo,
     GraphInfo,
     GraphName,
@@ -65,9 +66,12 @@ def _write(
     if int(parts.transformer.config.in_channels) != geometry.channels:
         raise ExportError("The denoiser and the VAE differ in their latent channels: no text-to-video.")
     rewriter, captions = words.rewriter(checkpoint), captioner.captioner(checkpoint, geometry)
+    window = settings.window
     specs = (
         graphs.text_encoder(parts, settings.max_tokens),
-        graphs.denoiser(parts, settings.max_tokens),
+        graphs.causal_denoiser(parts, settings.max_tokens, window)
+        if window
+        else graphs.denoiser(parts, settings.max_tokens),
         *graphs.decoders(parts, geometry),
         *(rewriter[1] if rewriter else ()),
         *((*captions[1], *captioner.encoders(parts, geometry)) if captions else ()),
@@ -97,16 +101,30 @@ def _write(
         )
     _copy_tokenizer(parts.tokenizer, folder / TOKENIZER)
 
-    _, patch, _ = parts.transformer.config.patch_size
+    config = parts.transformer.config
+    causal = (
+        CausalInfo(
+            sink_chunks=window.sink_chunks,
+            window_chunks=window.window_chunks,
+            layers=int(config.num_layers),
+            dim=int(config.num_attention_heads * config.attention_head_dim),
+        )
+        if window
+        else None
+    )
     manifest = Manifest(
         name=str(settings.name),
         family="wan",
-        rollout="bidirectional",
+        rollout=settings.rollout,
         fps=settings.fps,
         chunk_latent_frames=settings.chunk_latent_frames,
-        text=TextInfo(tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=int(parts.transformer.config.text_dim)),
+        causal=causal,
+        text=TextInfo(tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=int(config.text_dim)),
         latent=LatentInfo(
-            channels=geometry.channels, spatial=geometry.spatial, temporal=geometry.temporal, patch=int(patch)
+            channels=geometry.channels,
+            spatial=geometry.spatial,
+            temporal=geometry.temporal,
+            patch=int(config.patch_size[1]),
         ),
         sampler=settings.sampler_info(parts.scheduler),
         limits=settings.limits,
@@ -118,7 +136,7 @@ def _write(
         },
         versions={name: version(name) for name in LIBRARIES} | {"opset": str(OPSET)},
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 def _graph(graph: Graph, weights: WeightFile, folder: Path, progress: Progress) -> GraphInfo:

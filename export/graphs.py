@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from export.onnx import Feeds, Graph
-from models.wan import DecoderFirst, DecoderNext, Denoiser, TextEncoder, WanCheckpoint
+from export.onnx import ExportError, Feeds, Graph
+from models.wan import (
+    DecoderFirst,
+    DecoderNext,
+    Denoiser,
+    TextEncoder,
+    UnsupportedCheckpointError,
+    WanCheckpoint,
+)
+from models.wan_causal import CausalDenoiser
+from models.window import ContextWindow
 
 # More cells than any model was trained for; the denoiser's RoPE tables set the real bound, see `denoiser`.
 MOST = 4096
@@ -100,6 +109,59 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int) -> Graph:
             feeds(1, 5, 3, 5, max_tokens),
         ),
         exportable=module.exportable(),
+    )
+
+
+def causal_denoiser(checkpoint: WanCheckpoint, max_tokens: int, window: ContextWindow) -> Graph:
+    """The denoiser of one chunk over a cache. Raises `ExportError` for a window that the checkpoint can't have."""
+    config = checkpoint.transformer.config
+    dim, channels = int(config.text_dim), int(config.in_channels)
+    _, patch_height, patch_width = config.patch_size
+    try:
+        module = CausalDenoiser(checkpoint.transformer, window)
+    except UnsupportedCheckpointError as error:
+        raise ExportError(str(error)) from error
+    random = torch.Generator().manual_seed(5)
+
+    def feeds(written: Sequence[int], frames: int, rows: int, columns: int, tokens: int) -> Feeds:
+        batch = len(written)
+        latents = torch.randn(batch, channels, frames, rows * patch_height, columns * patch_width, generator=random)
+        return {
+            "latents": latents,
+            "timestep": torch.rand(batch, generator=random) * 1000,
+            "encoder_hidden_states": torch.randn(batch, tokens, dim, generator=random),
+            "cache": torch.randn(module.empty_cache(batch, latents).shape, generator=random),
+            "write_index": torch.tensor(written),
+        }
+
+    batch, longest = Dim("batch", min=1, max=1024), int(config.rope_max_seq_len)
+    rows, columns = (Dim(name, min=1, max=longest) for name in ("rows", "columns"))
+    full, most = window.capacity, window.chunk_frames
+    return Graph(
+        name="denoiser",
+        module=module,
+        example=feeds([full, 2], min(2, most), 3, 2, min(8, max_tokens)),
+        outputs=("velocity", "chunk_cache"),
+        dynamic_shapes={
+            "latents": {
+                0: batch,
+                2: Dim("frames", min=1, max=most) if most > 1 else None,
+                3: patch_height * rows if patch_height > 1 else rows,
+                4: patch_width * columns if patch_width > 1 else columns,
+            },
+            "timestep": {0: batch},
+            "encoder_hidden_states": {0: batch, 1: Dim("tokens", min=1, max=MOST)},
+            "cache": {0: batch, 4: rows, 5: columns},
+            "write_index": {0: batch},
+        },
+        weights="denoiser.weights",
+        # An empty cache, one that is partly filled, one just full, and rings that have gone round, far and farther.
+        cases=(
+            feeds([0], most, 2, 2, max_tokens),
+            feeds([1, full - 1, full], 1, 1, 3, max_tokens),
+            feeds([full + 1, 0, full + 2, 3], most, 4, 4, max_tokens),
+            feeds([100_000], most, 3, 5, max_tokens),
+        ),
     )
 
 

@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from export.onnx import ExportError
 from models.bundle import LimitsInfo, SamplerInfo
+from models.samplers import SamplerName
+from models.window import ContextWindow
 
 SETTINGS = "rushes.json"
-SAMPLERS: dict[str, Literal["euler", "unipc"]] = {
+SAMPLERS: dict[str, SamplerName] = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "UniPCMultistepScheduler": "unipc",
 }
@@ -23,10 +25,19 @@ class SamplerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Literal["euler", "unipc"] | None = None
+    name: SamplerName | None = None
     shift: float | None = Field(default=None, gt=0)
     num_inference_steps: PositiveInt = 20
     guidance_scale: float = Field(default=5.0, ge=1)
+
+
+class CausalSettings(BaseModel):
+    """What a causal model was trained to remember, in chunks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sink_chunks: PositiveInt = 1
+    window_chunks: PositiveInt = 3
 
 
 class CheckpointSettings(BaseModel):
@@ -38,10 +49,19 @@ class CheckpointSettings(BaseModel):
     fps: PositiveInt = 16
     max_tokens: PositiveInt = 64
     chunk_latent_frames: PositiveInt = 3
+    rollout: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="As it was trained.")
+    causal: CausalSettings = Field(default=CausalSettings(), description="Only for the causal rollout.")
     sampler: SamplerSettings = SamplerSettings()
     limits: LimitsInfo = LimitsInfo(
         default_size=(128, 128), min_side=64, max_side=256, size_multiple=16, default_seconds=2, max_seconds=8
     )
+
+    @property
+    def window(self) -> ContextWindow | None:
+        """What a causal model remembers; None for a bidirectional one."""
+        if self.rollout == "bidirectional":
+            return None
+        return ContextWindow(self.chunk_latent_frames, self.causal.sink_chunks, self.causal.window_chunks)
 
     @classmethod
     def load(cls, checkpoint: Path) -> CheckpointSettings:

@@ -9,9 +9,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final, Literal, get_args
+from typing import Final, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from models.samplers import SamplerName
+from models.window import ContextWindow
 
 FORMAT: Final = 1
 MANIFEST = "bundle.json"
@@ -110,10 +113,26 @@ class LatentInfo(_Strict):
     patch: PositiveInt = Field(description="The denoiser needs latent height and width to be multiples of this.")
 
 
+class CausalInfo(_Strict):
+    """The cache of a causal rollout; see `models.window` for what it remembers.
+
+    The denoiser then takes one chunk of up to `chunk_latent_frames` frames a row, and two inputs more: `cache`
+    float32 `[batch, layers, 2, (sink_chunks + window_chunks) * chunk_latent_frames, rows, columns, dim]`, keys before
+    values, with a row and a column for each patch, and `write_index` int64 `[batch]`, how many chunks of the row's
+    video are finished. Beside `velocity` it gives `chunk_cache`, the same for this chunk's frames alone. At timestep 0
+    and on finished latents (the clean-context pass) that is what belongs into the cache.
+    """
+
+    sink_chunks: PositiveInt = 1
+    window_chunks: PositiveInt = 3
+    layers: PositiveInt
+    dim: PositiveInt
+
+
 class SamplerInfo(_Strict):
     """Default sampler settings; see `models.samplers`."""
 
-    name: Literal["euler", "unipc"] = "unipc"
+    name: SamplerName = "unipc"
     shift: float = Field(gt=0)
     num_train_timesteps: PositiveInt = 1000
     num_inference_steps: PositiveInt = 20
@@ -142,6 +161,7 @@ class Manifest(_Strict):
     rollout: Literal["bidirectional", "causal"]
     fps: PositiveInt
     chunk_latent_frames: PositiveInt = Field(description="Latent frames in one decoded chunk.")
+    causal: CausalInfo | None = Field(default=None, description="There if, and only if, the rollout is causal.")
     text: TextInfo
     latent: LatentInfo
     sampler: SamplerInfo
@@ -151,6 +171,25 @@ class Manifest(_Strict):
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
+
+    @property
+    def window(self) -> ContextWindow:
+        """What a causal model remembers. Raises `ValueError` for a bidirectional one."""
+        if self.causal is None:
+            raise ValueError(f"{self.name} is {self.rollout}: it has no context window")
+        return ContextWindow(self.chunk_latent_frames, self.causal.sink_chunks, self.causal.window_chunks)
+
+    @model_validator(mode="after")
+    def _cache_fits_the_graph(self) -> Self:
+        if (self.rollout == "causal") != (self.causal is not None):
+            raise ValueError("a causal rollout needs `causal`, and no other has it")
+        denoiser = self.graphs.get("denoiser")
+        if self.causal is not None and denoiser is not None:
+            shape = next((tensor.shape for tensor in denoiser.inputs if tensor.name == "cache"), ())
+            fixed = (self.causal.layers, 2, self.window.cached_frames, self.causal.dim)
+            if len(shape) != 7 or (*shape[1:4], shape[6]) != fixed:
+                raise ValueError(f"the denoiser's cache {list(shape)} is not that of `causal`")
+        return self
 
 
 class BundleError(ValueError):

@@ -9,7 +9,11 @@ Guidance is part of the map, since the guided velocity `u + scale * (c - u)` is 
 samplers, steps and guidance scales can share one engine call, and whoever holds the tensors does nothing but sums of
 products.
 
-The tables give what diffusers 0.42 computes: `FlowMatchEulerDiscreteScheduler(shift=…)` and
+`renoise` is the sampler of few-step models (consistency models, arXiv 2303.01469, algorithm 1; DMD2, arXiv 2405.14867;
+Self-Forcing, arXiv 2506.08009): each step predicts the clean latent and noises that afresh, so it also adds noise, with
+a weight for each step. Its noise levels are evenly spaced before the shift, as Self-Forcing's are.
+
+The other tables give what diffusers 0.42 computes: `FlowMatchEulerDiscreteScheduler(shift=…)` and
 `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=…)`, timesteps included.
 """
 
@@ -22,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-SamplerName = Literal["euler", "unipc"]
+SamplerName = Literal["euler", "unipc", "renoise"]
 
 Floats = NDArray[np.float64]
 
@@ -38,12 +42,14 @@ class SamplerTable:
     """All that a request needs to be denoised.
 
     `timesteps` float32 `[steps]` go to the model; `sigmas` float32 `[steps + 1]` are the noise levels, 0 at the end;
-    `coefficients` float32 `[steps, 1 + history, 3 + history]` hold one matrix a step.
+    `coefficients` float32 `[steps, 1 + history, 3 + history]` hold one matrix a step; `noise` float32 `[steps]` is how
+    much fresh Gaussian noise is added to the latent after the step, mostly 0.
     """
 
     timesteps: NDArray[np.float32]
     sigmas: NDArray[np.float32]
     coefficients: NDArray[np.float32]
+    noise: NDArray[np.float32]
 
     @property
     def steps(self) -> int:
@@ -61,16 +67,21 @@ def build_table(
     """The table of one request; `guidance_scale` 1 leaves the unconditional column zero."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
+    noise = np.zeros(steps, np.float32)
     if name == "euler":
         sigmas, timesteps = _euler_schedule(steps, shift, num_train_timesteps)
         velocity_maps = _euler_maps(sigmas)
+    elif name == "renoise":
+        sigmas, timesteps = _renoise_schedule(steps, shift, num_train_timesteps)
+        velocity_maps = _renoise_maps(sigmas)
+        noise = sigmas[1:].astype(np.float32)
     else:
         sigmas, timesteps = _unipc_schedule(steps, shift, num_train_timesteps)
         velocity_maps = _unipc_maps(sigmas)
     # Column 1 of `velocity_maps` is the guided velocity; split it between the two outputs of the model.
     coefficients = np.insert(velocity_maps, UNCONDITIONAL, velocity_maps[:, :, 1] * (1 - guidance_scale), axis=2)
     coefficients[:, :, CONDITIONAL] *= guidance_scale
-    return SamplerTable(timesteps, sigmas.astype(np.float32), coefficients.astype(np.float32))
+    return SamplerTable(timesteps, sigmas.astype(np.float32), coefficients.astype(np.float32), noise)
 
 
 def advance(
@@ -104,6 +115,11 @@ def _euler_schedule(steps: int, shift: float, train: int) -> tuple[Floats, NDArr
     return np.append(sigmas, np.float32(0)).astype(np.float64), sigmas * np.float32(train)
 
 
+def _renoise_schedule(steps: int, shift: float, train: int) -> tuple[Floats, NDArray[np.float32]]:
+    sigmas = _shifted(np.linspace(1, 0, steps + 1), shift)
+    return sigmas, (sigmas[:-1] * train).astype(np.float32)
+
+
 def _unipc_schedule(steps: int, shift: float, train: int) -> tuple[Floats, NDArray[np.float32]]:
     """The timesteps are cut to whole numbers, as diffusers does: the model is asked at floor(1000 sigma)."""
     sigmas = _shifted(np.linspace(1, 1 / train, steps + 1)[:-1], shift)
@@ -119,6 +135,12 @@ def _euler_maps(sigmas: Floats) -> Floats:
     maps = np.ones((len(sigmas) - 1, 1, 2))
     maps[:, 0, 1] = np.diff(sigmas)
     return maps
+
+
+def _renoise_maps(sigmas: Floats) -> Floats:
+    """`x' = (1 - sigma') (x - sigma v)` beside the noise, whose weight is sigma': `[steps, 1, 2]` over (x, v)."""
+    clean = 1 - sigmas[1:]
+    return np.stack([clean, -clean * sigmas[:-1]], axis=-1)[:, None]
 
 
 def _unipc_maps(sigmas: Floats) -> Floats:

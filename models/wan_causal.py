@@ -78,7 +78,7 @@ class _Causal(nn.Module):
             in_time, in_height, in_width = torch.split(frequencies, [rope.t_dim, rope.h_dim, rope.w_dim], dim=1)
             size = (*frames.shape, rows, columns, -1)
             parts = (
-                in_time[frames][..., None, None, :].expand(size),
+                F.embedding(frames, in_time)[..., None, None, :].expand(size),
                 in_height[:rows, None].expand(size),
                 in_width[:columns].expand(size),
             )
@@ -182,6 +182,8 @@ class CausalDenoiser(_Causal):
 
     def write(self, cache: Tensor, chunk_cache: Tensor, chunk: int) -> Tensor:
         """The cache with a whole chunk put in, all rows at the same chunk; not in place, so gradients may flow."""
+        if chunk_cache.shape[3] != self.window.chunk_frames:
+            raise ValueError(f"only whole chunks are cached, not {chunk_cache.shape[3]} frames")
         place = self.window.frames_of(chunk)
         return torch.cat([cache[:, :, :, : place.start], chunk_cache, cache[:, :, :, place.stop :]], dim=3)
 

@@ -36,6 +36,7 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same vid
 class Sampler(StrEnum):
     euler = "euler"
     unipc = "unipc"
+    renoise = "renoise"
 
 
 def main() -> None:
@@ -103,6 +104,10 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
     negative: Annotated[str, typer.Option(help="What not to show.")] = "",
+    scene: Annotated[
+        list[str] | None,
+        typer.Option(help="SECONDS:PROMPT, another prompt from then on; may be repeated. For causal models."),
+    ] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="The sampler; the model's own when left out.")] = None,
     rewrite: Annotated[
         bool | None,
@@ -133,6 +138,7 @@ def generate(
             guidance_scale=guidance,
             rewrite_prompt=rewrite,
             best_of=best_of,
+            scene_prompts=[_scene(text) for text in scene or ()],
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)
@@ -207,6 +213,15 @@ def export(
         with _console.status("exporting") as status:
             export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)))
         print(output)
+
+
+def _scene(text: str) -> dict[str, object]:
+    """`4.5:a blue ball` as an entry of `scene_prompts`."""
+    start, colon, prompt = text.partition(":")
+    try:
+        return {"start_seconds": float(start), "prompt": prompt if colon else None}
+    except ValueError:
+        raise ConfigError(f"--scene must be SECONDS:PROMPT, not {text!r}") from None
 
 
 def _alone(bundle: Path) -> dict[str, Path]:

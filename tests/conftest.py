@@ -11,7 +11,7 @@ import pytest
 from models.bundle import MANIFEST, Bundle
 
 MODEL_SOURCES = (
-    *("wan.py", "wan_encoder.py", "bundle.py", "spelling.py"),
+    *("wan.py", "wan_causal.py", "wan_encoder.py", "window.py", "samplers.py", "bundle.py", "spelling.py"),
     *("mini/captioner.py", "mini/rewriter.py", "mini/words.py"),
 )
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,19 +28,37 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_checkpoint
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-causal"
+    build_tiny_checkpoint(path, causal=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_causal_checkpoint")
+
+
+def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
     """Exported once for each state of the exporter: pytest's cache keeps it, since tracing takes most of a minute."""
-    path = request.config.cache.mkdir("tiny-bundle") / _state_of_the_exporter()  # type: ignore[union-attr]
+    path = request.config.cache.mkdir(f"{checkpoint}-bundle") / _state_of_the_exporter()  # type: ignore[union-attr]
     if not (path / MANIFEST).exists():
         from export.checkpoint import export_checkpoint
 
-        export_checkpoint(request.getfixturevalue("tiny_checkpoint"), path)
+        export_checkpoint(request.getfixturevalue(checkpoint), path)
     return Bundle.load(path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test that needs the bundle waits for its export, which takes minutes on a busy machine."""
+    """The first test that needs a bundle waits for its export, which takes minutes on a busy machine."""
     for item in items:
-        if "tiny_bundle" in getattr(item, "fixturenames", ()):
+        if {"tiny_bundle", "tiny_causal_bundle"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
 
 

@@ -34,9 +34,26 @@ CAPTIONED = {
     -1.0: "a small red ball moving left on a grey floor at noon",
     1.0: "a large white cube spinning on a sand floor at night, the camera zooms in",
 }
+SETTINGS: dict[str, Any] = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
+CAUSAL_SETTINGS = {
+    "name": "tiny-causal",
+    "max_tokens": MAX_TOKENS,
+    "rollout": "causal",
+    # Three chunks in all, so that short videos outlive it.
+    "causal": {"sink_chunks": 1, "window_chunks": 2},
+    "sampler": {"name": "renoise", "shift": 3.0, "num_inference_steps": 2, "guidance_scale": 1.0},
+    "limits": {
+        "default_size": [64, 64],
+        "min_side": 64,
+        "max_side": 256,
+        "size_multiple": 16,
+        "default_seconds": 4,
+        "max_seconds": 120,
+    },
+}
 
 
-def build_tiny_checkpoint(path: Path) -> None:
+def build_tiny_checkpoint(path: Path, *, causal: bool = False) -> None:
     """Write a `WanPipeline` directory with a `rushes.json`."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -46,14 +63,15 @@ def build_tiny_checkpoint(path: Path) -> None:
         ),
         text_encoder=tiny_text_encoder(tokenizer.get_vocab_size()),
         vae=tiny_vae(),
-        transformer=tiny_transformer(),
+        # Two layers where there is a cache, since each has its own part of it.
+        transformer=tiny_transformer(layers=2 if causal else 1),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     ).save_pretrained(path)
     tiny_rewriter().save(path / "rewriter")
     tiny_captioner().save(path / "captioner")
-    settings = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
+    settings: dict[str, Any] = SETTINGS | (CAUSAL_SETTINGS if causal else {})
     (path / "rushes.json").write_text(json.dumps(settings))
 
 

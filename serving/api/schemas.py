@@ -46,6 +46,10 @@ class CreateVideoRequest(BaseModel):
     best_of: int | None = Field(
         default=None, description="Make so many videos, of this seed and the next ones, and show the best; 1 to 8."
     )
+    scene_prompts: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="Other prompts from a time on, as objects with `start_seconds` and `prompt`; causal models only.",
+    )
     stream: bool = Field(
         default=False, description="Answer with the video itself, as fragmented MP4, while it is made."
     )
@@ -83,6 +87,11 @@ class VideoError(BaseModel):
     message: str
 
 
+class ScenePrompt(BaseModel):
+    start_seconds: float
+    prompt: str
+
+
 class VideoObject(BaseModel):
     """OpenAI's video object, every key always there, and what it takes to make the same video again."""
 
@@ -104,6 +113,7 @@ class VideoObject(BaseModel):
     negative_prompt: str
     num_inference_steps: int
     guidance_scale: float
+    scene_prompts: list[ScenePrompt]
 
 
 def video_object(video: Video) -> VideoObject:
@@ -125,6 +135,9 @@ def video_object(video: Video) -> VideoObject:
         negative_prompt=video.request["negative_prompt"],
         num_inference_steps=video.request["num_inference_steps"],
         guidance_scale=video.request["guidance_scale"],
+        scene_prompts=[
+            ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
+        ],
     )
 
 

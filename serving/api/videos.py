@@ -91,6 +91,7 @@ def _new_video(body: CreateVideoRequest, catalog: Catalog) -> Video:
             best_of=body.best_of,
             can_rewrite=catalog.rewriter.serves(manifest),
             rewrite_by_default=catalog.rewriter.by_default,
+            scene_prompts=body.scene_prompts,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.bundle import Bundle, Manifest
-from models.samplers import SamplerTable, advance, build_table
 from serving.engines.engine import Engine, EngineError
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
-from serving.pipeline.geometry import latent_shape
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler
-from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone, VideoSpec
+from serving.pipeline.sessions import Session, open_session
+from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone
 
 _Event = StepDone | LatentChunk | Exception
 
 
 @dataclass(slots=True, eq=False)
-class _Session:
-    """One video being denoised. `state` float32 `[1 + history, channels, frames, height, width]`, the latent first."""
+class _Place:
+    """A video that holds memory here, and where it hears what happened to it."""
 
-    table: SamplerTable
-    hidden_states: NDArray[np.float32]
-    state: NDArray[np.float32]
+    session: Session
     events: asyncio.Queue[_Event]
-    step: int = 0
-
-    @property
-    def rows(self) -> int:
-        return len(self.hidden_states)
 
 
 class EngineDenoiser:
@@ -46,13 +37,11 @@ class EngineDenoiser:
     def __init__(
         self, engine: Engine, manifest: Manifest, *, limits: Limits | None = None, max_sessions: int = 64
     ) -> None:
-        if manifest.rollout != "bidirectional":
-            raise ValueError(f"{manifest.name}: this denoiser runs bidirectional models, not {manifest.rollout} ones")
         self._engine = engine
         self._manifest = manifest
         self._scheduler = StepScheduler(limits or Limits())
-        self._places = asyncio.Semaphore(max_sessions)
-        self._sessions: dict[Hashable, _Session] = {}
+        self._free = asyncio.Semaphore(max_sessions)
+        self._places: dict[Hashable, _Place] = {}
         self._opened = 0
         self._work = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -74,7 +63,7 @@ class EngineDenoiser:
     @property
     def sessions(self) -> int:
         """How many videos hold memory here."""
-        return len(self._sessions)
+        return len(self._places)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -83,11 +72,11 @@ class EngineDenoiser:
 
     async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
         """Raises `EngineError` when a call that held this video failed, `ValueError` when no call could hold it."""
-        async with self._places:
-            id, session = self._open(request)
+        async with self._free:
+            id, events = self._open(request)
             try:
                 while True:
-                    event = await session.events.get()
+                    event = await events.get()
                     if isinstance(event, Exception):
                         raise event
                     yield event
@@ -95,111 +84,75 @@ class EngineDenoiser:
                         return
             finally:
                 self._scheduler.remove(id)
-                self._sessions.pop(id, None)
+                self._places.pop(id, None)
 
     async def stop(self) -> None:
         """Stop the loop and wait for the call that is running. Videos that are still open raise `EngineError`."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
-        self._fail(list(self._sessions.values()), EngineError("the denoiser was stopped"))
+        self._fail(list(self._places), EngineError("the denoiser was stopped"))
         await asyncio.to_thread(self._thread.shutdown)
 
-    def _open(self, request: DenoiseRequest) -> tuple[int, _Session]:
-        spec, sampler = request.spec, self._manifest.sampler
-        table = build_table(
-            spec.sampler,
-            spec.num_inference_steps,
-            shift=sampler.shift,
-            guidance_scale=spec.guidance_scale,
-            num_train_timesteps=sampler.num_train_timesteps,
-        )
-        texts = [request.conditional]
-        if spec.guidance_scale > 1:
-            if request.unconditional is None:
-                raise ValueError(f"{request.video_id}: guidance needs an unconditional embedding")
-            texts.append(request.unconditional)
-        shape = latent_shape(self._manifest, spec)
-        _, frames, height, width = shape
-        patch = self._manifest.latent.patch
+    def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
+        session = open_session(self._manifest, request)
         self._opened += 1
         self._scheduler.add(
             Entry(
                 id=self._opened,
-                shape=shape,
-                rows=len(texts),
-                tokens_per_row=frames * (height // patch) * (width // patch),
-                steps=table.steps,
+                shape=session.shape,
+                rows=session.rows,
+                tokens_per_row=session.tokens_per_row,
+                steps=session.calls,
             )
         )
         # Everything a session can say fits, so the loop never waits for a slow reader.
-        chunks = -(-frames // self._manifest.chunk_latent_frames)
-        session = _Session(
-            table=table,
-            hidden_states=np.stack([t.hidden_states for t in texts]),
-            state=_start(spec, shape, table.history),
-            events=asyncio.Queue(table.steps + chunks + 1),
-        )
-        self._sessions[self._opened] = session
+        events: asyncio.Queue[_Event] = asyncio.Queue(session.calls + session.chunks + 1)
+        self._places[self._opened] = _Place(session, events)
         if self._loop is None:
             self._loop = asyncio.create_task(self._run(), name="denoiser")
         self._work.set()
-        return self._opened, session
+        return self._opened, events
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = [self._sessions[id] for id in self._scheduler.next_step()]
-            if not batch:
+            ids = self._scheduler.next_step()
+            if not ids:
                 self._work.clear()
                 await self._work.wait()
                 continue
+            batch = [self._places[id] for id in ids]
             try:
-                await loop.run_in_executor(self._thread, self._step, batch)
+                chunks = await loop.run_in_executor(self._thread, self._step, [place.session for place in batch])
             except Exception as error:
-                self._fail(batch, error)
+                self._fail(ids, error)
                 continue
-            self._report(batch)
+            for id, place, finished in zip(ids, batch, chunks, strict=True):
+                self._report(id, place, finished)
 
-    def _report(self, batch: list[_Session]) -> None:
-        for session in batch:
-            session.events.put_nowait(StepDone(session.step, session.table.steps))
-            if session.step == session.table.steps:
-                for chunk in self._chunks(session):
-                    session.events.put_nowait(chunk)
+    def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk]) -> None:
+        session = place.session
+        place.events.put_nowait(StepDone(session.calls_done, session.calls))
+        for chunk in finished:
+            place.events.put_nowait(chunk)
+        if session.calls_done < session.calls:
+            self._scheduler.reshape(id, session.shape, session.tokens_per_row)
 
-    def _fail(self, batch: list[_Session], error: Exception) -> None:
-        for id in [id for id, session in self._sessions.items() if session in batch]:
+    def _fail(self, ids: Sequence[Hashable], error: Exception) -> None:
+        for id in ids:
             self._scheduler.remove(id)
-            self._sessions.pop(id).events.put_nowait(error)
+            # Gone already, if its reader left during the call.
+            if place := self._places.pop(id, None):
+                place.events.put_nowait(error)
 
-    def _step(self, batch: list[_Session]) -> None:
-        """One engine call and one sampler step for each of `batch`, in the engine's thread."""
-        velocity = self._engine.run(
-            {
-                "latents": np.concatenate([np.repeat(s.state[:1], s.rows, axis=0) for s in batch]),
-                "timestep": np.concatenate([np.repeat(s.table.timesteps[s.step], s.rows) for s in batch]),
-                "encoder_hidden_states": np.concatenate([s.hidden_states for s in batch]),
-            }
-        )["velocity"]
-        row = 0
-        for s in batch:
-            unconditional = velocity[row + 1] if s.rows == 2 else None
-            s.state = advance(s.table.coefficients[s.step], s.state, velocity[row], unconditional)
-            s.step += 1
-            row += s.rows
-
-    def _chunks(self, session: _Session) -> list[LatentChunk]:
-        latents, size = session.state[0], self._manifest.chunk_latent_frames
-        starts = range(0, latents.shape[1], size)
-        return [
-            LatentChunk(i, np.ascontiguousarray(latents[:, start : start + size]), last=start == starts[-1])
-            for i, start in enumerate(starts)
-        ]
-
-
-def _start(spec: VideoSpec, shape: tuple[int, int, int, int], history: int) -> NDArray[np.float32]:
-    """The video's noise, from its seed alone, in front of an empty history."""
-    state = np.zeros((1 + history, *shape), np.float32)
-    np.random.Generator(np.random.Philox(spec.seed)).standard_normal(out=state[0], dtype=np.float32)
-    return state
+    def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk]]:
+        """One engine call for all of `batch`, in the engine's thread; returns what each session finished."""
+        fed = [session.feeds() for session in batch]
+        outputs = self._engine.run({name: np.concatenate([feeds[name] for feeds in fed]) for name in fed[0]})
+        finished, row = [], 0
+        for session in batch:
+            rows = slice(row, row + session.rows)
+            finished.append(session.take({name: output[rows] for name, output in outputs.items()}))
+            row += session.rows
+        return finished

@@ -159,6 +159,7 @@ class _Generation:
             spec=spec,
             conditional=await self._text_encoder.encode(spec.rendered_prompt),
             unconditional=await self._text_encoder.encode(spec.negative_prompt) if guided else None,
+            scenes=tuple([(start, await self._text_encoder.encode(prompt)) for start, prompt in spec.scene_prompts]),
         )
 
     async def _decode(self, chunk: LatentChunk, previous: asyncio.Task[Fragment] | None) -> Fragment:

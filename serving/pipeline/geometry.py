@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from models.bundle import Manifest
 from serving.pipeline.stages import VideoSpec
 
@@ -21,3 +23,12 @@ def first_frame(manifest: Manifest, chunk: int) -> int:
     """The video frame that a chunk starts with: the first latent frame is one frame, each later one `temporal`."""
     latents = chunk * manifest.chunk_latent_frames
     return 1 + (latents - 1) * manifest.latent.temporal if latents else 0
+
+
+def chunk_from(manifest: Manifest, seconds: float) -> int:
+    """The first chunk that begins at this time or later."""
+    if seconds <= 0:
+        return 0
+    # Rounded, or a frame's own time in floating point might fall behind the frame.
+    latents = 1 + math.ceil((round(seconds * manifest.fps, 6) - 1) / manifest.latent.temporal)
+    return math.ceil(latents / manifest.chunk_latent_frames)

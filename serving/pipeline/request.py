@@ -12,6 +12,7 @@ from serving.pipeline.text import clean_prompt
 
 MAX_SEED = 2**63 - 1
 MAX_BEST_OF = 8
+_MAX_SCENES = 100
 MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 20.0
 
 
@@ -34,6 +35,7 @@ def make_spec(
     negative_prompt: object = None,
     num_inference_steps: object = None,
     guidance_scale: object = None,
+    scene_prompts: object = None,
     rewrite_prompt: object = None,
     best_of: object = None,
     can_rewrite: bool | None = None,
@@ -41,16 +43,18 @@ def make_spec(
 ) -> VideoSpec:
     """Check everything against the bundle's limits; `None` means the default, and for `seed` a random one.
 
-    `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels. Values
-    come straight from JSON, so their types are checked too. `can_rewrite` says whether there is a rewriter (`None`: if
-    the bundle has one), `rewrite_by_default` what a `rewrite_prompt` of `None` means. Raises `InvalidRequest` for the
-    first parameter that won't do.
+    `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels;
+    `scene_prompts` is a list of objects with `start_seconds` and `prompt`. Values come straight from JSON, so their
+    types are checked too. `can_rewrite` says whether there is a rewriter (`None`: if the bundle has one),
+    `rewrite_by_default` what a `rewrite_prompt` of `None` means. Raises `InvalidRequest` for the first parameter that
+    won't do.
     """
     limits, sampler = manifest.limits, manifest.sampler
     if isinstance(seconds, str) and re.fullmatch(r"[0-9]{1,9}", seconds):
         seconds = int(seconds)
     width, height = _size(manifest, size)
     can_rewrite = manifest.rewriter is not None if can_rewrite is None else can_rewrite
+    length = _whole("seconds", seconds, limits.default_seconds, 1, limits.max_seconds)
     return VideoSpec(
         prompt=_text("prompt", prompt, limits.max_prompt_characters, required=True),
         negative_prompt=_text(
@@ -58,7 +62,7 @@ def make_spec(
         ),
         width=width,
         height=height,
-        frames=1 + manifest.fps * _whole("seconds", seconds, limits.default_seconds, 1, limits.max_seconds),
+        frames=1 + manifest.fps * length,
         seed=_whole("seed", seed, secrets.randbits(32) if seed is None else 0, 0, MAX_SEED),
         num_inference_steps=_whole(
             "num_inference_steps", num_inference_steps, sampler.num_inference_steps, 1, limits.max_steps
@@ -67,6 +71,7 @@ def make_spec(
         sampler=sampler.name,
         rewrite_prompt=_rewrite_prompt(rewrite_prompt, can_rewrite, rewrite_by_default),
         best_of=_best_of(manifest, best_of),
+        scene_prompts=_scenes(manifest, scene_prompts, length),
     )
 
 
@@ -125,6 +130,33 @@ def _guidance_scale(value: object, default: float) -> float:
             param, f"{param} must be between {MIN_GUIDANCE_SCALE:g} and {MAX_GUIDANCE_SCALE:g}, not {_short(value)}"
         )
     return float(value)
+
+
+def _scenes(manifest: Manifest, value: object, seconds: int) -> tuple[tuple[float, str], ...]:
+    """Ordered by time. No prompt can change in the middle of a chunk, so not more than one change a chunk is of use."""
+    param = "scene_prompts"
+    if value is None or value == []:
+        return ()
+    if manifest.rollout != "causal":
+        raise InvalidRequest(param, f"{param} needs a causal model, and {manifest.name} is {manifest.rollout}")
+    if not isinstance(value, list):
+        raise InvalidRequest(param, f"{param} must be a list, not {_kind(value)}")
+    scenes: dict[float, str] = {}
+    for item in value:
+        if not isinstance(item, dict) or item.keys() != {"start_seconds", "prompt"}:
+            raise InvalidRequest(param, f"{param} must hold objects with start_seconds and prompt alone")
+        start = item["start_seconds"]
+        if not isinstance(start, int | float) or isinstance(start, bool) or not 0 < start < seconds:
+            raise InvalidRequest(
+                param, f"{param} must have start_seconds between 0 and {seconds}, and not {_short(start)}"
+            )
+        if float(start) in scenes or len(scenes) == _MAX_SCENES:
+            raise InvalidRequest(param, f"{param} must be at most {_MAX_SCENES} of different start_seconds")
+        try:
+            scenes[float(start)] = _text("prompt", item["prompt"], manifest.limits.max_prompt_characters, required=True)
+        except InvalidRequest as error:
+            raise InvalidRequest(param, f"{param}: {error.message}") from None
+    return tuple(sorted(scenes.items()))
 
 
 def _size(manifest: Manifest, value: object) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,14 @@ class StepScheduler:
             raise ValueError(f"nothing to run: {entry}")
         self._order += 1
         self._places[entry.id] = _Place(entry, self._order, entry.steps, self._level)
+
+    def reshape(self, id: Hashable, shape: tuple[int, ...], tokens_per_row: int) -> None:
+        """From its next step on a session is of another shape; harmless when it isn't here.
+
+        It must not have become larger, or no call might hold it.
+        """
+        if (place := self._places.get(id)) is not None:
+            place.entry = replace(place.entry, shape=shape, tokens_per_row=tokens_per_row)
 
     def remove(self, id: Hashable) -> None:
         """Harmless when the session isn't here."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.samplers import SamplerName
+
 
 @dataclass(frozen=True, slots=True)
 class VideoSpec:
-    """A request with every default filled in and every limit checked: all that determines the frames."""
+    """A request with every default filled in and every limit checked: all that determines the frames.
+
+    `scene_prompts` are pairs of a time in seconds and the prompt from the first chunk on that begins then or later;
+    only a causal model can have them.
+    """
 
     prompt: str
     negative_prompt: str
@@ -22,7 +28,8 @@ class VideoSpec:
     seed: int
     num_inference_steps: int
     guidance_scale: float
-    sampler: Literal["euler", "unipc"] = "unipc"
+    sampler: SamplerName = "unipc"
+    scene_prompts: tuple[tuple[float, str], ...] = ()
     rewrite_prompt: bool = False
     revised_prompt: str | None = None
     best_of: int = 1
@@ -42,17 +49,22 @@ class TextEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class DenoiseRequest:
-    """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`."""
+    """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`.
+
+    `scenes` are `spec.scene_prompts`, encoded: from a time on another embedding stands in for `conditional`, while the
+    cached context is kept.
+    """
 
     video_id: str
     spec: VideoSpec
     conditional: TextEmbedding
     unconditional: TextEmbedding | None
+    scenes: tuple[tuple[float, TextEmbedding], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """The denoiser finished `step` of `steps` steps of a video (counted over all chunks)."""
+    """The denoiser made `step` of `steps` calls for a video, over all chunks and with their clean-context passes."""
 
     step: int
     steps: int

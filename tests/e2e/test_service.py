@@ -43,10 +43,14 @@ class RunningService:
 
 
 @pytest.fixture(scope="module")
-def running(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+def running(
+    tiny_bundle: Bundle, tiny_causal_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
     """One Ray for all of these tests: starting it takes longer than most of them."""
     config = ServiceConfig(
-        models={"tiny": tiny_bundle.root}, data_dir=tmp_path_factory.mktemp("service"), port=free_port()
+        models={"tiny": tiny_bundle.root, "tiny-causal": tiny_causal_bundle.root},
+        data_dir=tmp_path_factory.mktemp("service"),
+        port=free_port(),
     )
     with local_service(config) as service:
         yield RunningService(service, config, SqlVideoStore(config.resolved_store_url))
@@ -176,6 +180,15 @@ def test_bytes_do_not_depend_on_what_else_is_in_flight(client: httpx.Client, tin
         assert stream == as_stream(made_alone(tiny_bundle, asked)), asked
 
 
+def test_a_causal_model_streams_the_bytes_of_one_process(client: httpx.Client, tiny_causal_bundle: Bundle) -> None:
+    scenes = [{"start_seconds": 2.5, "prompt": "a blue cube spinning"}]
+    asked = {"prompt": "a red ball moving left", "seconds": 5, "seed": 7, "scene_prompts": scenes}
+    stream = streamed(client, {**asked, "model": "tiny-causal"})
+    made = made_alone(tiny_causal_bundle, asked)
+    assert len(made) == 7
+    assert stream == as_stream(made)
+
+
 def test_closing_a_stream_does_not_cancel_the_video(client: httpx.Client) -> None:
     with client.stream("POST", "/v1/videos", json={**ASKED, "seconds": 2, "stream": True}) as response:
         video_id = response.headers["x-video-id"]
@@ -211,7 +224,7 @@ def test_the_openai_sdk_creates_polls_and_downloads(
     assert (video.status, video.seconds, video.model) == ("completed", "1", "tiny")
     sdk.videos.download_content(video.id).write_to_file(tmp_path / "sdk.mp4")
     assert (tmp_path / "sdk.mp4").read_bytes() == as_file(made_alone(tiny_bundle, ASKED), tmp_path / "alone.mp4")
-    assert [model.id for model in sdk.models.list()] == ["tiny"]
+    assert [model.id for model in sdk.models.list()] == ["tiny", "tiny-causal"]
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.videos.create(prompt="a ball", size="100x100")  # type: ignore[arg-type]
     assert refused.value.param == "size"

@@ -17,7 +17,7 @@ class Refuse(importlib.abc.MetaPathFinder):
         return None
 
 sys.meta_path.insert(0, Refuse())
-import models.bundle, models.samplers, serving
+import models.bundle, models.samplers, models.window, serving
 names = [m.name for m in pkgutil.walk_packages(serving.__path__, "serving.")]
 for name in names:
     importlib.import_module(name)

@@ -109,6 +109,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"stream": 1}, 400, "stream"),
     ({"rewrite_prompt": "yes"}, 400, "rewrite_prompt"),
     ({"rewrite_prompt": 1}, 400, "rewrite_prompt"),
+    ({"scene_prompts": [{"start_seconds": 1, "prompt": "a cube"}]}, 400, "scene_prompts"),
+    ({"scene_prompts": "a cube"}, 400, "scene_prompts"),
     ({"num_steps": 3}, 400, "num_steps"),
     ({"input_reference": {"image_url": "data:,"}}, 400, "input_reference"),
 ]
@@ -213,6 +215,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "seed": 7,
         "negative_prompt": "",
         "guidance_scale": 2.0,
+        "scene_prompts": [],
     }
     assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
     assert service.wakes == 1

@@ -35,6 +35,16 @@ def test_generate_writes_a_video_and_prints_its_path(tiny_bundle: Bundle, tmp_pa
     assert sorted(tmp_path.iterdir()) == outputs
 
 
+def test_generate_rolls_a_causal_bundle_out(tiny_causal_bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    arguments = ["a red ball", "-o", str(output), "--bundle", str(tiny_causal_bundle.root), "--seconds", "5"]
+    arguments += ["--scene", "2.5:a blue cube"]
+    done = runner.invoke(app, ["generate", *arguments])
+    assert done.exit_code == 0, done.output
+    with av.open(str(output)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 5 * tiny_causal_bundle.manifest.fps + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -44,6 +54,8 @@ def test_generate_writes_a_video_and_prints_its_path(tiny_bundle: Bundle, tmp_pa
         (["a ball", "-o", "a.mp4", "--steps", "100000"], "num_inference_steps"),
         (["a ball", "-o", "a.mp4", "--seed", "-1"], "seed"),
         (["a ball", "-o", "a.mp4", "--sampler", "heun"], "sampler"),
+        (["a ball", "-o", "a.mp4", "--scene", "soon:a cube"], "SECONDS:PROMPT"),
+        (["a ball", "-o", "a.mp4", "--scene", "1:a cube"], "needs a causal model"),
         (["a ball", "-o", "nowhere/a.mp4"], "no directory"),
         (["a ball", "-o", "."], "is a directory"),
         (["a ball", "-o", "a.mp4", "--bundle", "nowhere"], "no bundle"),

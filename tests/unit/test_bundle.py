@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from models.bundle import MANIFEST, Bundle, BundleError
+from models.window import ContextWindow
 
 GRAPHS = ("text_encoder", "denoiser", "decoder_first", "decoder_next")
 FILES = {f"{name}.onnx": name.encode() * 10 for name in GRAPHS} | {
@@ -139,6 +140,34 @@ def test_missing_format_number(write: Callable[..., Path]) -> None:
 )
 def test_a_manifest_with_other_keys_or_values(write: Callable[..., Path], change: Change, where: str) -> None:
     assert where in refusal(write(change))
+
+
+def causal(content: dict[str, Any], **changes: Any) -> None:
+    content["rollout"] = "causal"
+    content["causal"] = {"sink_chunks": 1, "window_chunks": 3, "layers": 2, "dim": 24} | changes
+    shape = ["batch", 2, 2, 12, "rows", "columns", 24]
+    denoiser = content["graphs"]["denoiser"]
+    denoiser["inputs"] = [*denoiser["inputs"], {"name": "cache", "dtype": "float32", "shape": shape}]
+
+
+def test_a_causal_bundle_says_what_it_remembers(write: Callable[..., Path]) -> None:
+    bundle = Bundle.load(write(causal))
+    assert bundle.manifest.window == ContextWindow(3, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.update(rollout="causal"), "needs `causal`"),
+        (lambda content: (causal(content), content.update(rollout="bidirectional")), "needs `causal`"),
+        (lambda content: causal(content, window_chunks=4), "cache"),
+        (lambda content: causal(content, layers=3), "cache"),
+        (lambda content: causal(content, sink_chunks=0), "`causal.sink_chunks`"),
+        (lambda content: (causal(content), content["graphs"]["denoiser"].update(inputs=[])), "cache []"),
+    ],
+)
+def test_a_rollout_that_does_not_fit_its_graph(write: Callable[..., Path], change: Change, words: str) -> None:
+    assert words in refusal(write(change))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

@@ -42,6 +42,41 @@ def test_defaults_come_from_the_bundle() -> None:
     assert (spec.num_inference_steps, spec.guidance_scale, spec.sampler) == (20, 3.0, "unipc")
 
 
+CAUSAL = MANIFEST.model_copy(update={"rollout": "causal"})
+
+
+def test_scenes_are_ordered_by_time() -> None:
+    scenes = [{"start_seconds": 1.5, "prompt": "a cone"}, {"start_seconds": 1, "prompt": "a cube"}]
+    assert make_spec(CAUSAL, "a ball", scene_prompts=scenes).scene_prompts == ((1.0, "a cube"), (1.5, "a cone"))
+    assert (
+        make_spec(CAUSAL, "a ball").scene_prompts == make_spec(MANIFEST, "a ball", scene_prompts=[]).scene_prompts == ()
+    )
+
+
+@pytest.mark.parametrize(
+    "scenes",
+    [
+        "a cube",
+        ["a cube"],
+        [{"prompt": "a cube"}],
+        [{"start_seconds": 1, "prompt": "a cube", "seed": 1}],
+        [{"start_seconds": 1, "prompt": " "}],
+        [{"start_seconds": 1, "prompt": None}],
+        *([{"start_seconds": start, "prompt": "a cube"}] for start in (0, -1, 2, "1", True, float("nan"), 10**400)),
+        [{"start_seconds": 1, "prompt": "a cube"}, {"start_seconds": 1.0, "prompt": "a cone"}],
+    ],
+    ids=lambda scenes: str(scenes)[:60],
+)
+def test_scenes_that_will_not_do(scenes: object) -> None:
+    with pytest.raises(InvalidRequest, match="scene_prompts") as caught:
+        make_spec(CAUSAL, "a ball", scene_prompts=scenes)
+    assert caught.value.param == "scene_prompts"
+
+
+def test_a_bidirectional_model_has_one_prompt() -> None:
+    assert "needs a causal model" in refused(scene_prompts=[{"start_seconds": 1, "prompt": "a cube"}]).message
+
+
 def test_without_a_seed_every_video_gets_another_one() -> None:
     assert len({make_spec(MANIFEST, "a red ball").seed for _ in range(8)}) > 1
 

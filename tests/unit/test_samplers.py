@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,38 @@ def test_trajectory_is_that_of_diffusers(name: SamplerName, steps: int, shift: f
         np.testing.assert_allclose(state[0], expected[0].numpy(), atol=1e-5, rtol=0, err_msg=f"step {step}")
 
 
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_renoise_is_the_plain_loop(steps: int, shift: float, guidance_scale: float) -> None:
+    """Predict what is clean, noise it again a little less: as in Self-Forcing's inference pipeline."""
+    sigmas = [shift * s / (1 + (shift - 1) * s) for s in np.linspace(1, 0, steps + 1)]
+    table = build_table("renoise", steps, shift=shift, guidance_scale=guidance_scale)
+    np.testing.assert_allclose(table.timesteps, 1000 * np.array(sigmas[:-1]), rtol=1e-6)
+    assert table.timesteps[0] == 1000
+    assert table.history == 0
+    fresh = np.random.default_rng(4).standard_normal((steps, *SHAPE), dtype=np.float32)
+    x, state = noise(), noise()[None]
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+        conditional, unconditional = (velocity(x, 1000 * sigma, c) for c in (1.0, -0.4))
+        clean = x - sigma * (unconditional + guidance_scale * (conditional - unconditional))
+        x = (1 - following) * clean + following * fresh[step]
+
+        t_table = float(table.timesteps[step])
+        predictions = [velocity(state[0], t_table, c) for c in (1.0, -0.4)]
+        state = advance(table.coefficients[step], state, predictions[0], predictions[1] if guidance_scale > 1 else None)
+        state[0] += table.noise[step] * fresh[step]
+        np.testing.assert_allclose(state[0], x, atol=1e-5, rtol=0)
+    assert table.noise[-1] == 0
+    np.testing.assert_allclose(state[0], clean, atol=1e-5, rtol=0)
+
+
+def test_only_renoise_adds_noise() -> None:
+    assert not build_table("euler", 5, shift=3.0).noise.any()
+    assert not build_table("unipc", 5, shift=3.0).noise.any()
+    assert build_table("renoise", 5, shift=3.0).noise[:-1].all()
+
+
 def test_unipc_asks_the_model_at_whole_timesteps() -> None:
     timesteps = build_table("unipc", 20, shift=3.0).timesteps
     assert timesteps[0] == 999
@@ -77,7 +110,7 @@ def test_without_guidance_the_unconditional_output_has_no_weight() -> None:
     assert not build_table("unipc", 9, shift=3.0).coefficients[:, :, 2].any()
 
 
-def test_a_straight_field_is_solved_exactly_by_both() -> None:
+def test_a_straight_field_is_solved_exactly() -> None:
     """For x(sigma) = x0 + sigma (noise - x0) the velocity is constant, and any step count ends at x0."""
     x0, start = np.full(SHAPE, 0.25, np.float32), noise()
     for name in ("euler", "unipc"):

@@ -159,3 +159,16 @@ def test_what_can_never_run_is_refused(bad: Entry, message: str) -> None:
 def test_limits_that_no_guided_video_fits_are_refused() -> None:
     with pytest.raises(ValueError, match="max_rows"):
         Limits(max_rows=1)
+
+
+def test_a_session_that_became_smaller_shares_calls_with_its_new_shape() -> None:
+    scheduler = StepScheduler(LIMITS)
+    scheduler.add(entry("a", shape=SHAPES[1], steps=2))
+    scheduler.add(entry("b", shape=SHAPES[0], steps=1))
+    assert scheduler.next_step() == ["a"]
+    scheduler.reshape("a", SHAPES[0], TOKENS[SHAPES[0]])
+    assert scheduler.outstanding_tokens == 2 * 2 * TOKENS[SHAPES[0]]
+    assert sorted(scheduler.next_step()) == ["a", "b"]
+    assert not scheduler.next_step()
+    scheduler.reshape("a", SHAPES[1], TOKENS[SHAPES[1]])
+    assert len(scheduler) == 0

@@ -167,5 +167,9 @@ def test_what_cannot_be_rolled_out_is_refused(transformer: torch.nn.Module) -> N
     with pytest.raises(UnsupportedCheckpointError, match="RoPE's 64"):
         CausalDenoiser(transformer, ContextWindow(3, 1, 20))
     latents, timestep, text = video(6)
+    denoiser = CausalDenoiser(transformer, ContextWindow())
+    cache = denoiser.empty_cache(2, latents)
+    with pytest.raises(ValueError, match="not 2 frames"):
+        denoiser.write(cache, cache[:, :, :, :2], 0)
     with pytest.raises(ValueError, match="2 chunks a row"):
         CausalSequence(transformer, ContextWindow())(latents, timestep[:, :1], text)

@@ -1,0 +1,163 @@
+"""What a causal session asks of the engine, call after call; the engine here is arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.bundle import CausalInfo, LatentInfo, LimitsInfo, Manifest, SamplerInfo, TextInfo
+from serving.engines.engine import Array
+from serving.pipeline.geometry import chunk_from, first_frame
+from serving.pipeline.request import make_spec
+from serving.pipeline.sessions import Session, open_session
+from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
+
+MANIFEST = Manifest(
+    name="tiny",
+    family="wan",
+    rollout="causal",
+    fps=16,
+    chunk_latent_frames=3,
+    causal=CausalInfo(sink_chunks=1, window_chunks=2, layers=2, dim=4),
+    text=TextInfo(tokenizer="tokenizer.json", max_tokens=8, dim=4),
+    latent=LatentInfo(channels=4, spatial=16, temporal=4, patch=2),
+    sampler=SamplerInfo(name="renoise", shift=3.0, num_inference_steps=2, guidance_scale=1.0),
+    limits=LimitsInfo(
+        default_size=(64, 64), min_side=64, max_side=256, size_multiple=16, default_seconds=4, max_seconds=3600
+    ),
+    graphs={},
+    files={},
+    versions={},
+)
+
+
+def text(value: float) -> TextEmbedding:
+    return TextEmbedding(np.full((8, 4), value, np.float32))
+
+
+def request(**asked: Any) -> DenoiseRequest:
+    return DenoiseRequest("video", make_spec(MANIFEST, "a ball", **{"seed": 7, **asked}), text(1), text(-1))
+
+
+def outputs(feeds: dict[str, Array], scale: float = 0.1) -> dict[str, Array]:
+    """Something that depends on the latents, and a cache that tells which chunk and which row wrote it."""
+    latents = feeds["latents"]
+    rows, _, frames, height, width = latents.shape
+    written = (1 + feeds["write_index"] + 100.0 * np.arange(rows)).astype(np.float32)
+    shape = (rows, 2, 2, frames, height // 2, width // 2, 4)
+    chunk_cache = np.broadcast_to(written.reshape(rows, *[1] * 6), shape)
+    return {"velocity": latents * np.float32(scale), "chunk_cache": chunk_cache}
+
+
+def calls(session: Session, scale: float = 0.1) -> Iterator[tuple[dict[str, Array], list[LatentChunk]]]:
+    while session.calls_done < session.calls:
+        feeds = {name: array.copy() for name, array in session.feeds().items()}
+        yield feeds, session.take(outputs(feeds, scale))
+
+
+def test_each_chunk_is_denoised_shown_and_then_seen_clean() -> None:
+    session = open_session(MANIFEST, request(seconds=2))
+    assert (session.chunks, session.calls) == (3, 8)
+    made = list(calls(session))
+    first_step, second_step = (float(t) for t in (1000, 1000 * 0.75))
+    assert [float(feeds["timestep"][0]) for feeds, _ in made] == [
+        *[first_step, second_step, 0] * 2,
+        *[first_step, second_step],
+    ]
+    assert [int(feeds["write_index"][0]) for feeds, _ in made] == [0, 0, 0, 1, 1, 1, 2, 2]
+    shown = [(call, chunk.index, chunk.last) for call, (_, chunks) in enumerate(made) for chunk in chunks]
+    assert shown == [(1, 0, False), (4, 1, False), (7, 2, True)]
+    for call in (1, 4):
+        np.testing.assert_array_equal(made[call + 1][0]["latents"][0], made[call][1][0].latents)
+
+
+def test_the_cache_holds_the_sink_and_the_window_of_every_row() -> None:
+    session = open_session(MANIFEST, request(seconds=5, guidance_scale=2.0))
+    remembered: dict[int, Array] = {}
+    for feeds, _ in calls(session):
+        chunk = int(feeds["write_index"][0])
+        # What the noisy passes gave was not kept: within a chunk nothing changes.
+        np.testing.assert_array_equal(feeds["cache"], remembered.setdefault(chunk, feeds["cache"]))
+    assert len(remembered) == 7
+    for chunk, cache in remembered.items():
+        for row in (0, 1):
+            held = sorted({int(value) for value in np.unique(cache[row]) if value})
+            assert held == [1 + past + 100 * row for past in MANIFEST.window.remembered(chunk)]
+            assert cache.shape[3] == 9
+
+
+def test_noise_depends_on_seed_chunk_and_step_alone() -> None:
+    """So a chunk can be made again, later and elsewhere, from the cache alone."""
+
+    def noises(scale: float, **asked: Any) -> list[Array]:
+        return [
+            feeds["latents"][0]
+            for feeds, _ in calls(open_session(MANIFEST, request(seconds=3, **asked)), scale)
+            if feeds["timestep"][0] == 1000
+        ]
+
+    first, second = noises(0.1), noises(5.0)
+    for left, right in zip(first, second, strict=True):
+        np.testing.assert_array_equal(left, right)
+    whole = [noise for noise in first if noise.shape == first[0].shape]
+    assert len({noise.tobytes() for noise in whole}) == len(whole) > 3
+    assert abs(np.corrcoef(whole[0].ravel(), whole[1].ravel())[0, 1]) < 0.2
+    assert not np.array_equal(first[0], noises(0.1, seed=8)[0])
+
+
+def test_a_longer_video_begins_as_a_shorter_one_and_no_call_is_larger() -> None:
+    def shown(seconds: int) -> list[bytes]:
+        return [c.latents.tobytes() for _, cs in calls(open_session(MANIFEST, request(seconds=seconds))) for c in cs]
+
+    short, long = shown(2), shown(60)
+    assert long[: len(short)] == short
+    session = open_session(MANIFEST, request(seconds=3600))
+    sizes = {name: array.nbytes for name, array in session.feeds().items()}
+    for n, (feeds, _) in enumerate(calls(session)):
+        assert {name: array.nbytes for name, array in feeds.items()} == sizes
+        if n == 60:
+            break
+
+
+def test_the_last_chunk_may_be_short() -> None:
+    session = open_session(MANIFEST, request(seconds=1))
+    assert session.tokens_per_row == 3 * 4
+    frames = [feeds["latents"].shape[2] for feeds, _ in calls(session)]
+    assert frames == [3, 3, 3, 2, 2]
+    assert session.tokens_per_row == 2 * 4
+
+
+def test_the_prompt_changes_between_chunks_and_the_negative_one_does_not() -> None:
+    # Chunks begin at frame 0, 9, 21, 33 … of 16 a second.
+    scenes = ((33 / 16, text(3)), (0.1, text(2)), (99.0, text(4)))
+    session = open_session(MANIFEST, replace(request(seconds=4, guidance_scale=2.0), scenes=scenes))
+    for feeds, _ in calls(session):
+        chunk = int(feeds["write_index"][0])
+        expected = 1 if chunk < 1 else 2 if chunk < 3 else 3
+        assert np.unique(feeds["encoder_hidden_states"][0]) == [expected]
+        assert np.unique(feeds["encoder_hidden_states"][1]) == [-1]
+
+
+def test_a_scene_begins_with_the_first_chunk_that_begins_in_it() -> None:
+    for fps in (16, 24, 30):
+        manifest = MANIFEST.model_copy(update={"fps": fps})
+        for chunk in range(1, 200):
+            start = first_frame(manifest, chunk)
+            assert chunk_from(manifest, start / fps) == chunk
+            assert chunk_from(manifest, (start - 0.5) / fps) == chunk
+            assert chunk_from(manifest, (start + 0.5) / fps) == chunk + 1
+    assert [chunk_from(MANIFEST, seconds) for seconds in (0, 0.001, 1 / 16)] == [0, 1, 1]
+
+
+def test_what_a_rollout_cannot_do_is_refused() -> None:
+    both_ways = MANIFEST.model_copy(update={"rollout": "bidirectional", "causal": None})
+    with pytest.raises(ValueError, match="its prompt can't change"):
+        open_session(both_ways, replace(request(), scenes=((1.0, text(2)),)))
+    with pytest.raises(ValueError, match="no context window"):
+        _ = both_ways.window
+    with pytest.raises(ValueError, match="unconditional embedding"):
+        open_session(MANIFEST, replace(request(guidance_scale=2.0), unconditional=None))
