@@ -34,7 +34,11 @@ CAPTIONED = {
     -1.0: "a small red ball moving left on a grey floor at noon",
     1.0: "a large white cube spinning on a sand floor at night, the camera zooms in",
 }
-SETTINGS: dict[str, Any] = {"name": "tiny", "max_tokens": MAX_TOKENS, "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}}
+SETTINGS: dict[str, Any] = {
+    "name": "tiny",
+    "max_tokens": MAX_TOKENS,
+    "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0},
+}
 CAUSAL_SETTINGS = {
     "name": "tiny-causal",
     "max_tokens": MAX_TOKENS,
@@ -71,7 +75,7 @@ def build_tiny_checkpoint(path: Path, *, causal: bool = False) -> None:
     ).save_pretrained(path)
     tiny_rewriter().save(path / "rewriter")
     tiny_captioner().save(path / "captioner")
-    settings: dict[str, Any] = SETTINGS | (CAUSAL_SETTINGS if causal else {})
+    settings = SETTINGS | (CAUSAL_SETTINGS if causal else {})
     (path / "rushes.json").write_text(json.dumps(settings))
 
 
