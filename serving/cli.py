@@ -23,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+database = typer.Typer(help="The database that videos are kept in.", no_args_is_help=True)
+app.add_typer(database, name="db")
 # Progress and errors go to stderr: what stdout has is the answer, such as a path.
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -30,6 +32,7 @@ Bundle = Annotated[Path, typer.Option(help="The bundle to serve; the bundled mod
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Seconds = Annotated[int | None, typer.Option(help="Length in whole seconds; the model's default when left out.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's default when left out.")]
+Config = Annotated[Path | None, typer.Option(help="A YAML file; see serving/config.py for its keys.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same video; random when left out.")]
 
 
@@ -136,7 +139,7 @@ def generate(
 
 @app.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(help="A YAML file; see serving/config.py for its keys.")] = None,
+    config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
@@ -152,6 +155,17 @@ def serve(
         if bundle is not None:
             values["models"] = _alone(bundle)
         serve_until_interrupted(parse_config(values, "options"), _console)
+
+
+@database.command("upgrade")
+def upgrade_database(config: Config = None) -> None:
+    """Bring the database to the newest schema. With SQLite, the service does that itself when it starts."""
+    from serving.jobs.database import Database
+
+    with _said_in_one_line():
+        settings = load_config(config) if config else ServiceConfig()
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        print(f"schema {Database(settings.resolved_store_url).upgrade()}")
 
 
 @app.command()

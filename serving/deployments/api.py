@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.config import ServiceConfig
-from serving.jobs.store import SqlVideoStore
+from serving.deployments.storage import open_store
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class ApiDeployment:
         config = self._config
         config.videos_dir.mkdir(parents=True, exist_ok=True)
         return create_api(
-            SqlVideoStore(config.resolved_store_url, max_attempts=config.runner.max_attempts),
+            open_store(config),
             config.videos_dir,
             {name: Bundle.load(path) for name, path in config.models.items()},
             self._wake,

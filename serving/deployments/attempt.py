@@ -39,7 +39,6 @@ class AttemptSettings:
 
     videos_dir: Path
     lease_seconds: float
-    retention_seconds: float
     max_attempts: int
 
 
@@ -104,7 +103,7 @@ class Attempt:
         if isinstance(error, StaleFence):
             return
         if not making.cancelled() and error is None:
-            await store.complete(video.id, video.fence, expires_at=time.time() + self._settings.retention_seconds)
+            await store.complete(video.id, video.fence)
         elif self._cancel_requested:
             await self._fail("cancelled", "The video was cancelled.")
         else:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from serving.config import ServiceConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.deployments.remote import StageHandles, remote_stages
-from serving.jobs.store import SqlVideoStore, Video, VideoStore
+from serving.deployments.storage import open_store
+from serving.jobs.store import Video, VideoStore
 
 _log = logging.getLogger(__name__)
 
@@ -120,12 +121,11 @@ class RunnerDeployment:
     def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
         config.videos_dir.mkdir(parents=True, exist_ok=True)
         self._runner = Runner(
-            SqlVideoStore(config.resolved_store_url, max_attempts=config.runner.max_attempts),
+            open_store(config),
             {name: remote_stages(of_model) for name, of_model in handles.items()},
             AttemptSettings(
                 videos_dir=config.videos_dir,
                 lease_seconds=config.lease_seconds,
-                retention_seconds=config.retention_days * 86400,
                 max_attempts=config.runner.max_attempts,
             ),
             max_videos=config.runner.max_videos,

@@ -67,7 +67,7 @@ class Service:
         self.runner: Runner | None = None
 
     def new_runner(self) -> Runner:
-        settings = AttemptSettings(self.videos_dir, lease_seconds=30, retention_seconds=60, max_attempts=2)
+        settings = AttemptSettings(self.videos_dir, lease_seconds=30, max_attempts=2)
         return Runner(self.store, {"tiny": Stages(**self.stages)}, settings, max_videos=4, poll_seconds=0.05)
 
     @asynccontextmanager
