@@ -186,6 +186,51 @@ def demo(
 
 
 @app.command()
+def submit(
+    requests: Annotated[Path, typer.Argument(help="A JSON object a line, as OpenAI's batches have them.", exists=True)],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and save the answers.")] = False,
+    url: Annotated[str, typer.Option(help="The service's root.")] = "http://127.0.0.1:8000",
+    window: Annotated[str, typer.Option(help="What isn't made within so many hours isn't made.")] = "24h",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where --wait saves the answers.", show_default="NAME.out.jsonl"),
+    ] = None,
+) -> None:
+    """Send a file of requests to a running service, to be made when it has time; prints the batch's id.
+
+    With --wait, prints where the answers are instead. Requests that failed are in a file beside them, and make the exit
+    code 1.
+    """
+    import httpx
+
+    from serving import submission
+
+    answers = output or requests.with_suffix(".out.jsonl")
+    with _said_in_one_line():
+        if wait:
+            _output_file(answers)
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                batch = submission.submit(client, requests, window)
+                if not wait:
+                    print(batch["id"])
+                    return
+                batch = submission.wait(client, batch, _console)
+                for file_id, path in (
+                    (batch["output_file_id"], answers),
+                    (batch["error_file_id"], answers.with_suffix(".errors.jsonl")),
+                ):
+                    if file_id:
+                        submission.download(client, file_id, path)
+                        print(path)
+        except httpx.TransportError as error:
+            raise OSError(f"{url} can't be reached: {error}") from None
+    counts = batch["request_counts"]
+    if counts["completed"] < counts["total"]:
+        _fail(f"{counts['total'] - counts['completed']} of {counts['total']} were not made", FAILED)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint, in WanPipeline's layout.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's directory, which must not exist.")],

@@ -85,6 +85,7 @@ class RunnerConfig(_Strict):
     poll_seconds: PositiveFloat = Field(
         default=0.5, description="How often a runner looks for queued videos when nobody has told it of one."
     )
+    batch_poll_seconds: PositiveFloat = Field(default=2.0, description="How often a runner looks after the batches.")
     max_attempts: PositiveInt = Field(default=3, description="Tries at a video before it fails for good.")
 
 
@@ -97,6 +98,7 @@ class ApiConfig(_Strict):
         default=512, description="Open requests a replica has at most; a viewer is one."
     )
     max_body_bytes: PositiveInt = Field(default=1 << 20, description="The longest request body that is read.")
+    max_file_bytes: PositiveInt = Field(default=200 << 20, description="The largest file that can be uploaded.")
 
 
 class ServiceConfig(_Strict):
@@ -110,6 +112,21 @@ class ServiceConfig(_Strict):
     data_dir: Path = Field(default=Path("rushes-data"), description="Where the store and the finished videos live.")
     store_url: str | None = Field(
         default=None, description="SQLAlchemy URL of the video store; SQLite in `data_dir` when it is left out."
+    )
+    artifacts_url: str | None = Field(
+        default=None,
+        description="Where finished videos and uploads are kept: an fsspec URL, such as `s3://bucket/prefix` or "
+        "`gs://bucket/prefix`; `data_dir` when it is left out. Fragment logs are always in `data_dir`.",
+    )
+    artifacts_options: dict[str, Any] = Field(
+        default={}, description="What fsspec is told for that URL, such as `endpoint_url`."
+    )
+    quota_bytes: PositiveInt | None = Field(
+        default=None, description="Beyond so many bytes of videos, those that expire soonest are deleted early."
+    )
+    sweep_seconds: PositiveFloat = Field(default=60.0, description="How often expired videos are deleted.")
+    model_aliases: dict[str, str] = Field(
+        default={}, description="Other names for models, such as `sora-2: mini`, for clients that insist on one."
     )
     host: str = Field(default="127.0.0.1", description="Address that `rushes serve` listens on.")
     port: int = Field(default=8000, ge=1, le=65535, description="Port that `rushes serve` listens on.")
@@ -128,6 +145,15 @@ class ServiceConfig(_Strict):
         default=_LONGEST_VIDEO_SECONDS,
         description="How long a replica that must go may still work; longer than the longest video takes.",
     )
+
+    @model_validator(mode="after")
+    def _aliases_name_models(self) -> ServiceConfig:
+        for alias, name in self.model_aliases.items():
+            if name not in self.models:
+                raise ValueError(f"model_aliases.{alias}: there is no model {name!r}")
+            if alias in self.models:
+                raise ValueError(f"model_aliases.{alias}: that is a model's own name")
+        return self
 
     @property
     def default_model(self) -> str:

@@ -9,11 +9,16 @@ import socket
 import uuid
 from collections.abc import Mapping
 
+from models.bundle import Bundle
+from serving.api.models import Catalog
 from serving.config import ServiceConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
+from serving.deployments.batches import BatchWorker
 from serving.deployments.remote import StageHandles, remote_stages
-from serving.deployments.storage import open_store
-from serving.jobs.store import Video, VideoStore
+from serving.deployments.storage import open_storage
+from serving.jobs.storage import Storage
+from serving.jobs.store import Video
+from serving.jobs.sweeper import Sweeper
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +28,7 @@ class Runner:
 
     def __init__(
         self,
-        store: VideoStore,
+        storage: Storage,
         stages: Mapping[str, Stages],
         settings: AttemptSettings,
         *,
@@ -31,7 +36,8 @@ class Runner:
         poll_seconds: float,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._store, self._stages, self._settings = store, stages, settings
+        self._store, self._artifacts = storage.videos, storage.artifacts
+        self._stages, self._settings = stages, settings
         self._poll_seconds = poll_seconds
         self._places = asyncio.Semaphore(max_videos)
         self._attempts: set[asyncio.Task[None]] = set()
@@ -106,7 +112,7 @@ class Runner:
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
                 )
                 return
-            await Attempt(video, stages, self._store, self._settings).run()
+            await Attempt(video, stages, self._store, self._artifacts, self._settings).run()
         except Exception:  # the lease runs out, and then it is tried again
             _log.exception("%s: the attempt broke off", video.id)
 
@@ -119,19 +125,24 @@ class RunnerDeployment:
     """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
     def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
-        config.videos_dir.mkdir(parents=True, exist_ok=True)
+        storage = open_storage(config)
         self._runner = Runner(
-            open_store(config),
+            storage,
             {name: remote_stages(of_model) for name, of_model in handles.items()},
             AttemptSettings(
-                videos_dir=config.videos_dir,
                 lease_seconds=config.lease_seconds,
                 max_attempts=config.runner.max_attempts,
             ),
             max_videos=config.runner.max_videos,
             poll_seconds=config.runner.poll_seconds,
         )
-        self._running = asyncio.get_running_loop().create_task(self._runner.run())
+        loop = asyncio.get_running_loop()
+        self._running = loop.create_task(self._runner.run())
+        sweeper = Sweeper(storage.videos, storage.artifacts, files=storage.files, quota_bytes=config.quota_bytes)
+        bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+        batches = BatchWorker(storage, Catalog(bundles, config.model_aliases))
+        self._batching = loop.create_task(batches.run(config.runner.batch_poll_seconds))
+        self._sweeping = loop.create_task(sweeper.run(config.sweep_seconds))
 
     async def wake(self) -> None:
         """There is a new video in the store."""

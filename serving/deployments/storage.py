@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from serving.config import ServiceConfig
+from serving.jobs.artifacts import Artifacts
 from serving.jobs.database import Database
+from serving.jobs.storage import Storage
 from serving.jobs.store import SqlVideoStore
 
 
-def open_store(config: ServiceConfig) -> SqlVideoStore:
-    """The store that `config` names. Raises `DatabaseError`."""
+def open_storage(config: ServiceConfig) -> Storage:
+    """All that `config` names. Raises `DatabaseError` or `ArtifactError`."""
     config.data_dir.mkdir(parents=True, exist_ok=True)
-    return SqlVideoStore(
-        Database.open(config.resolved_store_url),
-        max_attempts=config.runner.max_attempts,
-        retention_seconds=config.retention_days * 86400,
+    database = Database.open(config.resolved_store_url)
+    videos = SqlVideoStore(
+        database, max_attempts=config.runner.max_attempts, retention_seconds=config.retention_days * 86400
     )
+    artifacts = Artifacts(config.data_dir, config.artifacts_url, config.artifacts_options)
+    return Storage.over(database, videos, artifacts)

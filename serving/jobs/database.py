@@ -87,10 +87,9 @@ class Database:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
             if _version(connection) != newest_version():
-                config = _config(connection)
                 if _version(connection) is None and inspect(connection).has_table("videos"):
-                    command.stamp(config, _BEFORE_ALEMBIC)
-                command.upgrade(config, "head")
+                    command.stamp(_config(connection), _BEFORE_ALEMBIC)
+                migrate_to(connection, "head")
         return newest_version()
 
     def check(self) -> None:
@@ -100,6 +99,11 @@ class Database:
         if version != newest_version():
             found = "is empty" if version is None else f"has schema {version}"
             raise DatabaseError(f"the database {found}, and {newest_version()} is needed: run `rushes db upgrade`")
+
+
+def migrate_to(connection: Connection, version: str) -> None:
+    """Run the migrations up to `version` in the connection's transaction."""
+    command.upgrade(_config(connection), version)
 
 
 def newest_version() -> str:

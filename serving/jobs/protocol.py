@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
+from serving.jobs.artifacts import Artifact
+from serving.jobs.pages import Order
 from serving.jobs.video import Video
-
-Order = Literal["asc", "desc"]
 
 
 class VideoNotFound(LookupError):  # noqa: N818 - reads as what it is
@@ -69,7 +69,10 @@ class VideoStore(Protocol):
     async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
         """Note `progress`, 0 to 100. The answer's `cancel_requested` is news for the runner."""
 
-    async def complete(self, video_id: str, fence: int) -> Video: ...
+    async def complete(
+        self, video_id: str, fence: int, *, artifacts: Mapping[str, Artifact] | None = None, log_bytes: int = 0
+    ) -> Video:
+        """Its files are there: `artifacts` by name. They and the fragment log's `log_bytes` count for the quota."""
 
     async def fail(self, video_id: str, fence: int, code: str, message: str) -> Video: ...
 
@@ -88,6 +91,9 @@ class VideoStore(Protocol):
 
     async def expired(self, limit: int) -> Sequence[Video]:
         """Videos that have ended and whose time is over, the longest over first."""
+
+    async def beyond_quota(self, quota_bytes: int, limit: int) -> Sequence[Video]:
+        """Completed videos that expire before the last `quota_bytes` worth of them, soonest first."""
 
     async def remove(self, video_id: str) -> None:
         """Forget a video that has ended, and the idempotency keys that led to it. Harmless when it is gone."""

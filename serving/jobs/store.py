@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 
+from serving.jobs.artifacts import Artifact
 from serving.jobs.database import Database
+from serving.jobs.pages import Order, page_of
 from serving.jobs.protocol import (
     Idempotency,
     IdempotencyConflict,
-    Order,
     Page,
     VideoNotFound,
     VideoStore,
@@ -100,10 +101,13 @@ class SqlVideoStore:
     async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
         return await self._write(video_id, fence, lambda _: {"progress": progress})
 
-    async def complete(self, video_id: str, fence: int) -> Video:
-        return await self._write(
-            video_id, fence, lambda video: {"status": VideoStatus.COMPLETED, "progress": 100} | self._ended(video)
-        )
+    async def complete(
+        self, video_id: str, fence: int, *, artifacts: Mapping[str, Artifact] | None = None, log_bytes: int = 0
+    ) -> Video:
+        files = {name: asdict(artifact) for name, artifact in (artifacts or {}).items()}
+        stored = log_bytes + sum(artifact.size_bytes for artifact in (artifacts or {}).values())
+        done = {"status": VideoStatus.COMPLETED, "progress": 100, "artifacts": files, "stored_bytes": stored}
+        return await self._write(video_id, fence, lambda video: done | self._ended(video))
 
     async def fail(self, video_id: str, fence: int, code: str, message: str) -> Video:
         return await self._write(video_id, fence, lambda video: self._failed(video, code, message))
@@ -126,8 +130,17 @@ class SqlVideoStore:
     async def expired(self, limit: int) -> Sequence[Video]:
         return await asyncio.to_thread(self._expired, limit)
 
+    async def beyond_quota(self, quota_bytes: int, limit: int) -> Sequence[Video]:
+        return await asyncio.to_thread(self._beyond_quota, quota_bytes, limit)
+
     async def remove(self, video_id: str) -> None:
         await asyncio.to_thread(self._remove, video_id)
+
+    @staticmethod
+    def from_row(row: RowMapping) -> Video:
+        """A row of the table `videos`."""
+        values = {field.name: row[field.name] for field in fields(Video)}
+        return Video(**values | {"status": VideoStatus(row["status"])})
 
     def _create(self, video: Video, idempotency: Idempotency | None) -> Video:
         created = replace(video, status=VideoStatus.QUEUED, created_at=video.created_at or self._clock())
@@ -153,24 +166,18 @@ class SqlVideoStore:
         if used.digest != asked.digest:
             raise IdempotencyConflict(asked.key)
         row = connection.execute(select(_videos).where(_videos.c.id == used.video_id)).mappings().one()
-        return _video(row)
+        return self.from_row(row)
 
     def _get(self, video_id: str) -> Video | None:
         with self._database.read() as connection:
             row = connection.execute(select(_videos).where(_videos.c.id == video_id)).mappings().one_or_none()
-        return None if row is None else _video(row)
+        return None if row is None else self.from_row(row)
 
     def _list(self, owner: str | None, limit: int, order: Order, after: str | None) -> Page:
-        # Ids sort by time. A cursor is no row that must exist: lists are also read to delete what they show.
-        column = _videos.c.id
-        query = select(_videos).where(_videos.c.deleted_at.is_(None)).limit(limit + 1)
-        if owner is not None:
-            query = query.where(_videos.c.owner == owner)
-        if after is not None:
-            query = query.where(column < after if order == "desc" else column > after)
-        query = query.order_by(column.desc() if order == "desc" else column)
+        query = page_of(_videos, owner=owner, limit=limit, order=order, after=after)
+        query = query.where(_videos.c.deleted_at.is_(None))
         with self._database.read() as connection:
-            found = [_video(row) for row in connection.execute(query).mappings()]
+            found = [self.from_row(row) for row in connection.execute(query).mappings()]
         return Page(found[:limit], has_more=len(found) > limit)
 
     def _claim(self, runner_id: str, lease_seconds: float) -> Video | None:
@@ -189,7 +196,7 @@ class SqlVideoStore:
                 )
                 if row is None:
                     return None
-                video = _video(row)
+                video = self.from_row(row)
                 if video.cancel_requested:
                     self._update(connection, video, self._cancelled(video))
                 elif video.attempt >= self._max_attempts:
@@ -207,11 +214,11 @@ class SqlVideoStore:
 
     def _request_cancel(self, video_id: str) -> Video:
         with self._database.write() as connection:
-            return self._cancel(connection, _locked(connection, video_id))
+            return self._cancel(connection, self._locked(connection, video_id))
 
     def _delete(self, video_id: str) -> Video:
         with self._database.write() as connection:
-            video = self._cancel(connection, _locked(connection, video_id))
+            video = self._cancel(connection, self._locked(connection, video_id))
             hidden: dict[str, Any] = {"deleted_at": self._clock()}
             if video.status.final:
                 hidden["expires_at"] = self._clock() + _LAST_WORDS_SECONDS
@@ -227,7 +234,18 @@ class SqlVideoStore:
     def _expired(self, limit: int) -> Sequence[Video]:
         query = select(_videos).where(_videos.c.expires_at <= self._clock()).order_by(_videos.c.expires_at).limit(limit)
         with self._database.read() as connection:
-            return [_video(row) for row in connection.execute(query).mappings()]
+            return [self.from_row(row) for row in connection.execute(query).mappings()]
+
+    def _beyond_quota(self, quota_bytes: int, limit: int) -> Sequence[Video]:
+        latest_first = (_videos.c.expires_at.desc(), _videos.c.id.desc())
+        used = (
+            select(_videos, func.sum(_videos.c.stored_bytes).over(order_by=latest_first).label("used"))
+            .where(_videos.c.status == VideoStatus.COMPLETED)
+            .subquery()
+        )
+        query = select(used).where(used.c.used > quota_bytes).order_by(used.c.used.desc()).limit(limit)
+        with self._database.read() as connection:
+            return [self.from_row(row) for row in connection.execute(query).mappings()]
 
     def _remove(self, video_id: str) -> None:
         with self._database.write() as connection:
@@ -241,10 +259,17 @@ class SqlVideoStore:
 
     def _fenced(self, video_id: str, fence: int, changes: Callable[[Video], dict[str, Any]]) -> Video:
         with self._database.write() as connection:
-            video = _locked(connection, video_id)
+            video = self._locked(connection, video_id)
             if video.fence != fence or video.status is not VideoStatus.IN_PROGRESS:
                 raise StaleFence(f"{video_id}: fence {fence}, but it is {video.status} under fence {video.fence}")
             return self._update(connection, video, changes(video))
+
+    def _locked(self, connection: Connection, video_id: str) -> Video:
+        query = select(_videos).where(_videos.c.id == video_id).with_for_update()
+        row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise VideoNotFound(video_id)
+        return self.from_row(row)
 
     def _update(self, connection: Connection, video: Video, changes: dict[str, Any]) -> Video:
         connection.execute(update(_videos).where(_videos.c.id == video.id).values(changes))
@@ -268,18 +293,6 @@ class SqlVideoStore:
         return {"completed_at": now, "lease_until": None, "runner_id": None, "expires_at": now + kept}
 
 
-def _locked(connection: Connection, video_id: str) -> Video:
-    row = connection.execute(select(_videos).where(_videos.c.id == video_id).with_for_update()).mappings().one_or_none()
-    if row is None:
-        raise VideoNotFound(video_id)
-    return _video(row)
-
-
 def _storable(text: str) -> str:
     """PostgreSQL has no text with a NUL in it."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-def _video(row: RowMapping) -> Video:
-    values = {field.name: row[field.name] for field in fields(Video)}
-    return Video(**values | {"status": VideoStatus(row["status"])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -32,11 +32,20 @@ videos = Table(
     Column("work", Float, nullable=False, server_default="0"),
     Column("started_at", Float),
     Column("deleted_at", Float),
+    Column("artifacts", JSON),
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("batch_id", String(64)),
+    Column("batch_line", Integer),
+    Column("custom_id", String(512)),
     # One index for each half of a claim: both are a seek and one row, however many videos there are.
     Index("videos_queue", "status", "priority", "created_at", "id"),
     Index("videos_leases", "status", "lease_until"),
     Index("videos_owned", "owner", "id"),
     Index("videos_expiry", "expires_at"),
+    Index("videos_finished", "status", "completed_at"),
+    # Unique, so that lines are put into the queue once however often that is tried.
+    Index("videos_batch_lines", "batch_id", "batch_line", unique=True),
+    Index("videos_batch_status", "batch_id", "status"),
 )
 
 # What an `Idempotency-Key` was used for.
@@ -50,4 +59,50 @@ idempotency = Table(
     Column("expires_at", Float, nullable=False),
     Index("idempotency_video", "video_id"),
     Index("idempotency_expiry", "expires_at"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(64)),
+    Column("purpose", String(32), nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Index("files_owned", "owner", "id"),
+    Index("files_expiry", "expires_at"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(64)),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(64), nullable=False),
+    Column("completion_window", String(16), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("custom", JSON),
+    Column("errors", JSON),
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
+    Column("in_progress_at", Float),
+    Column("finalizing_at", Float),
+    Column("completed_at", Float),
+    Column("failed_at", Float),
+    Column("expired_at", Float),
+    Column("cancelling_at", Float),
+    Column("cancelled_at", Float),
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    # When somebody should look at it next; in the future while somebody does.
+    Column("look_at", Float, nullable=False),
+    Index("batches_owned", "owner", "id"),
+    Index("batches_queue", "status", "look_at"),
 )

@@ -33,7 +33,9 @@ class Video:
     `request` is everything that determines the frames, as JSON (the resolved `VideoSpec`'s fields).
     `attempt` counts the tries at it; `fence` grows with each, and only its newest value may write. `work` is what it
     costs, in units that are only ever compared. `owner` is the id of the API key that made it. From `expires_at` on a
-    video that has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted it.
+    video that has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted
+    it. A completed one has `artifacts`: size and hash by file name. A batch's has the place of
+    its line in the file and the name that it has there.
     """
 
     id: str
@@ -59,6 +61,11 @@ class Video:
     work: float = 0.0
     started_at: float | None = None
     deleted_at: float | None = None
+    artifacts: Mapping[str, Any] | None = None
+    stored_bytes: int = 0
+    batch_id: str | None = None
+    batch_line: int | None = None
+    custom_id: str | None = None
 
 
 class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word

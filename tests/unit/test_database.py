@@ -14,9 +14,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from postgres import Cluster
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, inspect, text
 
-from serving.jobs.database import Database, DatabaseError, newest_version
+from serving.jobs.database import Database, DatabaseError, migrate_to, newest_version
 from serving.jobs.store import Idempotency, SqlVideoStore, Video, VideoStatus, new_video_id
 from serving.jobs.tables import metadata
 
@@ -110,20 +110,19 @@ def test_only_sqlite_is_upgraded_by_a_start(empty_url: str) -> None:
 
 async def test_a_database_from_before_migrations_keeps_its_videos(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'videos.db'}"
-    database = Database(url)
-    database.upgrade()
-    store = SqlVideoStore(database)
-    video = await store.create(make_video())
-    with database.write() as connection:
-        for index in ("videos_queue", "videos_owned", "videos_expiry"):
-            connection.execute(text(f"DROP INDEX {index}"))
-        for column in ("owner", "priority", "work", "started_at", "deleted_at"):
-            connection.execute(text(f"ALTER TABLE videos DROP COLUMN {column}"))
-        for name in set(metadata.tables) - {"videos"} | {"alembic_version"}:
-            connection.execute(text(f"DROP TABLE {name}"))
-        connection.execute(text("CREATE INDEX videos_queue ON videos (status, created_at, id)"))
-    database.dispose()
-    assert await SqlVideoStore(url).get(video.id) == video
+    old = Database(url)
+    with old.write() as connection:
+        migrate_to(connection, "0001")
+        connection.execute(text("DROP TABLE alembic_version"))
+        columns = {column["name"] for column in inspect(connection).get_columns("videos")}
+        values = {name: value for name, value in asdict(make_video(created_at=5.0)).items() if name in columns}
+        names = ", ".join(values)
+        row = {**values, "request": "{}", "status": "queued"}
+        connection.execute(text(f"INSERT INTO videos ({names}) VALUES ({', '.join(f':{n}' for n in values)})"), row)
+    old.dispose()
+    video = await SqlVideoStore(url).claim("runner", 30)
+    assert video is not None
+    assert (video.id, video.created_at, video.priority, video.owner) == (values["id"], 5.0, 0, None)
 
 
 @pytest.mark.parametrize("url", ["nonsense", "oracledb2://host/name"])
