@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,22 @@ class ApiConfig(_Strict):
     max_file_bytes: PositiveInt = Field(default=200 << 20, description="The largest file that can be uploaded.")
 
 
+class WebhookConfig(_Strict):
+    """Whom the service calls when a video or a batch has ended: the `webhook_url` of the request."""
+
+    secret: str | None = Field(
+        default_factory=lambda: os.environ.get("RUSHES_WEBHOOK_SECRET"),
+        pattern=r"^whsec_[A-Za-z0-9+/]{16,}={0,2}$",
+        description="What events are signed with: `whsec_` and base64; the environment's RUSHES_WEBHOOK_SECRET when it "
+        "is left out. Without it, requests with a `webhook_url` are refused.",
+    )
+    allow_private: bool = Field(
+        default=False, description="Whether addresses inside the service's own network may be called."
+    )
+    timeout_seconds: PositiveFloat = Field(default=10.0, description="How long a target has to answer.")
+    give_up_seconds: PositiveFloat = Field(default=86400.0, description="How long a target is tried.")
+
+
 class ServiceConfig(_Strict):
     """Everything about a running service."""
 
@@ -135,6 +152,7 @@ class ServiceConfig(_Strict):
     decoder: DecoderConfig = Field(default=DecoderConfig(num_cpus=0.3), description="The decoder stage.")
     runner: RunnerConfig = Field(default=RunnerConfig(), description="The runners.")
     api: ApiConfig = Field(default=ApiConfig(), description="The HTTP front.")
+    webhooks: WebhookConfig = Field(default_factory=WebhookConfig, description="Whom the service calls.")
     lease_seconds: PositiveFloat = Field(
         default=30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
     )

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from models.bundle import Bundle
 from serving.api.batches import batches_router
 from serving.api.body import BodyLimit
+from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
 from serving.api.errors import install_error_handlers
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
@@ -25,6 +26,7 @@ def create_api(
     wake: Callable[[], Awaitable[None]],
     *,
     aliases: Mapping[str, str] | None = None,
+    webhooks: WebhookPolicy = NO_WEBHOOKS,
     max_body_bytes: int = 1 << 20,
     max_file_bytes: int = 200 << 20,
 ) -> FastAPI:
@@ -37,10 +39,10 @@ def create_api(
     install_error_handlers(app)
     catalog = Catalog(bundles, aliases or {})
     app.include_router(references_router())
-    app.include_router(videos_router(storage, catalog, wake))
+    app.include_router(videos_router(storage, catalog, wake, webhooks))
     app.include_router(models_router(catalog))
     app.include_router(files_router(storage))
-    app.include_router(batches_router(storage))
+    app.include_router(batches_router(storage, webhooks))
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:

@@ -61,6 +61,10 @@ class CreateBatchRequest(BaseModel):
         default=None, max_length=16, description="Anything of yours, kept with the batch."
     )
 
+    webhook_url: str | None = Field(
+        default=None, description="What to call when the batch has ended, with a signed event."
+    )
+
     @field_validator("metadata")
     @classmethod
     def _without_nul(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:

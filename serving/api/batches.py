@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 
 from serving.api.batch_schemas import BatchList, BatchObject, CreateBatchRequest, batch_object, parse_batch
 from serving.api.body import read_body
+from serving.api.creation import WebhookPolicy
 from serving.api.errors import ApiError
 from serving.jobs.batches import Batch, BatchStatus, is_batch_id, new_batch_id
 from serving.jobs.files import is_file_id
@@ -23,7 +24,7 @@ _CREATE_DOCUMENT = {
 _LONGEST_WINDOW_HOURS = 168
 
 
-def batches_router(storage: Storage) -> APIRouter:
+def batches_router(storage: Storage, webhooks: WebhookPolicy) -> APIRouter:
     router = APIRouter(prefix="/v1/batches", tags=["batches"])
     batches, files = storage.batches, storage.files
 
@@ -52,6 +53,7 @@ def batches_router(storage: Storage) -> APIRouter:
             created_at=now,
             expires_at=now + window_seconds,
             custom=body.metadata,
+            webhook_url=webhooks.checked(body.webhook_url),
         )
         return batch_object(await batches.create(batch))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from models.bundle import Manifest
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import CreateVideoRequest
 from serving.jobs.store import Idempotency, Video, new_video_id
+from serving.jobs.targets import BadTarget, check_url
 from serving.jobs.video import INTERACTIVE
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.request import InvalidRequest, make_spec
@@ -18,7 +19,40 @@ from serving.pipeline.stages import VideoSpec
 _MAX_KEY_CHARACTERS = 255
 
 
-def new_video(body: CreateVideoRequest, catalog: Catalog, *, owner: str | None, priority: int = INTERACTIVE) -> Video:
+@dataclass(frozen=True, slots=True)
+class WebhookPolicy:
+    """Whether webhooks can be signed, and whether they may go to private addresses."""
+
+    enabled: bool = False
+    allow_private: bool = False
+
+    def checked(self, url: str | None) -> str | None:
+        """Raises `ApiError` for a URL that would not be called."""
+        if url is None:
+            return None
+        if not self.enabled:
+            message = "webhook_url can't be used: this service has no webhook secret."
+            raise ApiError(400, message, param="webhook_url", code="webhooks_disabled")
+        try:
+            check_url(url, allow_private=self.allow_private)
+        except BadTarget as error:
+            raise ApiError(
+                400, f"webhook_url can't be called: {error}.", param="webhook_url", code="invalid_value"
+            ) from None
+        return url
+
+
+NO_WEBHOOKS = WebhookPolicy()
+
+
+def new_video(
+    body: CreateVideoRequest,
+    catalog: Catalog,
+    webhooks: WebhookPolicy,
+    *,
+    owner: str | None,
+    priority: int = INTERACTIVE,
+) -> Video:
     """Raises `ApiError`, which names the parameter; nothing is written before everything is checked."""
     model, manifest = catalog.resolve(body.model)
     try:
@@ -44,6 +78,7 @@ def new_video(body: CreateVideoRequest, catalog: Catalog, *, owner: str | None, 
         owner=owner,
         priority=priority,
         work=work_of(manifest, spec),
+        webhook_url=webhooks.checked(body.webhook_url),
     )
 
 

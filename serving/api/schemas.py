@@ -40,6 +40,9 @@ class CreateVideoRequest(BaseModel):
     guidance_scale: float | None = Field(
         default=None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
     )
+    webhook_url: str | None = Field(
+        default=None, description="What to call when the video has ended, with a signed event."
+    )
     stream: bool = Field(
         default=False, description="Answer with the video itself, as fragmented MP4, while it is made."
     )

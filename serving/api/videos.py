@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 
 from serving.api.body import read_body
 from serving.api.content import file_response
-from serving.api.creation import idempotency, new_video
+from serving.api.creation import WebhookPolicy, idempotency, new_video
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import (
@@ -50,7 +50,9 @@ _CONTENT_DOCUMENT = {
 _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 
 
-def videos_router(storage: Storage, catalog: Catalog, wake: Callable[[], Awaitable[None]]) -> APIRouter:
+def videos_router(
+    storage: Storage, catalog: Catalog, wake: Callable[[], Awaitable[None]], webhooks: WebhookPolicy
+) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
     store, artifacts = storage.videos, storage.artifacts
     sweeper = Sweeper(store, artifacts)
@@ -73,7 +75,8 @@ def videos_router(storage: Storage, catalog: Catalog, wake: Callable[[], Awaitab
         values, form = await read_body(request)
         body = parse_create(values, form=form)
         try:
-            video = await store.create(new_video(body, catalog, owner=None), idempotency(idempotency_key, body))
+            asked = new_video(body, catalog, webhooks, owner=None)
+            video = await store.create(asked, idempotency(idempotency_key, body))
         except IdempotencyConflict:
             message = "This Idempotency-Key was used for another request."
             raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.config import ServiceConfig
-from serving.deployments.storage import open_storage
+from serving.deployments.storage import open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class ApiDeployment:
             {name: Bundle.load(path) for name, path in config.models.items()},
             self._wake,
             aliases=config.model_aliases,
+            webhooks=webhook_policy(config),
             max_body_bytes=config.api.max_body_bytes,
             max_file_bytes=config.api.max_file_bytes,
         )

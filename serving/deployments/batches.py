@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from serving.api.creation import new_video
+from serving.api.creation import NO_WEBHOOKS, WebhookPolicy, new_video
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import parse_create, video_object
@@ -39,10 +39,10 @@ class LineError(ValueError):
 class BatchWorker:
     """Looks for batches with something to do. What it is in the middle of when it dies, the next one does again."""
 
-    def __init__(self, storage: Storage, catalog: Catalog) -> None:
+    def __init__(self, storage: Storage, catalog: Catalog, webhooks: WebhookPolicy = NO_WEBHOOKS) -> None:
         self._batches, self._files = storage.batches, storage.files
         self._videos, self._artifacts = storage.videos, storage.artifacts
-        self._catalog = catalog
+        self._catalog, self._webhooks = catalog, webhooks
 
     async def run(self, poll_seconds: float) -> None:
         """Work until this is cancelled."""
@@ -160,7 +160,7 @@ class BatchWorker:
             body = parse_create(request.get("body"), form=False)
             if body.stream:
                 raise LineError("invalid_value", "stream can't be used in a batch.", "body.stream")
-            video = new_video(body, self._catalog, owner=batch.owner, priority=BATCH)
+            video = new_video(body, self._catalog, self._webhooks, owner=batch.owner, priority=BATCH)
         except ApiError as error:
             param = "body" if error.param is None else f"body.{error.param}"
             raise LineError(error.code or "invalid_value", error.message, param) from None

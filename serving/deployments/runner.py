@@ -14,8 +14,9 @@ from serving.api.models import Catalog
 from serving.config import ServiceConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
+from serving.deployments.courier import Courier
 from serving.deployments.remote import StageHandles, remote_stages
-from serving.deployments.storage import open_storage
+from serving.deployments.storage import open_storage, webhook_policy
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
 from serving.jobs.sweeper import Sweeper
@@ -140,8 +141,18 @@ class RunnerDeployment:
         self._running = loop.create_task(self._runner.run())
         sweeper = Sweeper(storage.videos, storage.artifacts, files=storage.files, quota_bytes=config.quota_bytes)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
-        batches = BatchWorker(storage, Catalog(bundles, config.model_aliases))
+        batches = BatchWorker(storage, Catalog(bundles, config.model_aliases), webhook_policy(config))
         self._batching = loop.create_task(batches.run(config.runner.batch_poll_seconds))
+        self._delivering: asyncio.Task[None] | None = None
+        if config.webhooks.secret is not None:
+            courier = Courier(
+                storage.outbox,
+                config.webhooks.secret,
+                allow_private=config.webhooks.allow_private,
+                timeout_seconds=config.webhooks.timeout_seconds,
+                give_up_seconds=config.webhooks.give_up_seconds,
+            )
+            self._delivering = loop.create_task(courier.run(config.runner.poll_seconds))
         self._sweeping = loop.create_task(sweeper.run(config.sweep_seconds))
 
     async def wake(self) -> None:

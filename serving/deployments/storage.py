@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from serving.api.creation import WebhookPolicy
 from serving.config import ServiceConfig
 from serving.jobs.artifacts import Artifacts
 from serving.jobs.database import Database
@@ -18,3 +19,7 @@ def open_storage(config: ServiceConfig) -> Storage:
     )
     artifacts = Artifacts(config.data_dir, config.artifacts_url, config.artifacts_options)
     return Storage.over(database, videos, artifacts)
+
+
+def webhook_policy(config: ServiceConfig) -> WebhookPolicy:
+    return WebhookPolicy(enabled=config.webhooks.secret is not None, allow_private=config.webhooks.allow_private)

@@ -13,6 +13,7 @@ from sqlalchemy import RowMapping, Select, func, insert, select, update
 
 from serving.jobs.database import Database
 from serving.jobs.ids import is_id, new_id
+from serving.jobs.outbox import announce
 from serving.jobs.pages import Order, page_of
 from serving.jobs.store import SqlVideoStore
 from serving.jobs.tables import batches as _batches
@@ -33,6 +34,9 @@ class BatchStatus(StrEnum):
     EXPIRED = "expired"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
+
+
+_ENDED = (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class Batch:
     completed: int = 0
     failed: int = 0
     look_at: float = 0.0
+    webhook_url: str | None = None
 
 
 def new_batch_id() -> str:
@@ -163,7 +168,10 @@ class BatchStore:
             if row is None:
                 return None
             connection.execute(update(_batches).where(_batches.c.id == batch_id).values(changes))
-            return replace(_batch(row), **changes)
+            batch = replace(_batch(row), **changes)
+            if batch.webhook_url is not None and batch.status in _ENDED:
+                announce(connection, f"batch.{batch.status.value}", batch.id, batch.webhook_url, self.clock())
+            return batch
 
     def _claim(self) -> Batch | None:
         active = (

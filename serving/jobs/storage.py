@@ -9,6 +9,7 @@ from serving.jobs.batches import BatchStore
 from serving.jobs.database import Database
 from serving.jobs.estimates import Estimates
 from serving.jobs.files import FileStore
+from serving.jobs.outbox import Outbox
 from serving.jobs.store import SqlVideoStore
 
 
@@ -22,6 +23,7 @@ class Storage:
     artifacts: Artifacts
     files: FileStore
     batches: BatchStore
+    outbox: Outbox
 
     @classmethod
     def over(cls, database: Database, videos: SqlVideoStore, artifacts: Artifacts) -> Storage:
@@ -33,4 +35,5 @@ class Storage:
             artifacts,
             FileStore(database, artifacts),
             BatchStore(database, videos),
+            Outbox(database),
         )

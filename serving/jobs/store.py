@@ -17,6 +17,7 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, upd
 
 from serving.jobs.artifacts import Artifact
 from serving.jobs.database import Database
+from serving.jobs.outbox import announce
 from serving.jobs.pages import Order, page_of
 from serving.jobs.protocol import (
     Idempotency,
@@ -273,7 +274,10 @@ class SqlVideoStore:
 
     def _update(self, connection: Connection, video: Video, changes: dict[str, Any]) -> Video:
         connection.execute(update(_videos).where(_videos.c.id == video.id).values(changes))
-        return replace(video, **changes)
+        changed = replace(video, **changes)
+        if changed.webhook_url is not None and changed.status.final and not video.status.final:
+            announce(connection, f"video.{changed.status.value}", video.id, changed.webhook_url, self._clock())
+        return changed
 
     def _cancelled(self, video: Video) -> dict[str, Any]:
         return self._failed(video, "cancelled", "The video was cancelled.") | {"cancel_requested": True}

@@ -37,6 +37,7 @@ videos = Table(
     Column("batch_id", String(64)),
     Column("batch_line", Integer),
     Column("custom_id", String(512)),
+    Column("webhook_url", String(2048)),
     # One index for each half of a claim: both are a seek and one row, however many videos there are.
     Index("videos_queue", "status", "priority", "created_at", "id"),
     Index("videos_leases", "status", "lease_until"),
@@ -101,8 +102,22 @@ batches = Table(
     Column("total", Integer, nullable=False),
     Column("completed", Integer, nullable=False),
     Column("failed", Integer, nullable=False),
+    Column("webhook_url", String(2048)),
     # When somebody should look at it next; in the future while somebody does.
     Column("look_at", Float, nullable=False),
     Index("batches_owned", "owner", "id"),
     Index("batches_queue", "status", "look_at"),
+)
+
+# What webhooks are still to be told.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("url", String(2048), nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Float, nullable=False),
+    Index("deliveries_due", "next_at"),
 )

@@ -35,7 +35,7 @@ class Video:
     costs, in units that are only ever compared. `owner` is the id of the API key that made it. From `expires_at` on a
     video that has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted
     it. A completed one has `artifacts`: size and hash by file name. A batch's has the place of
-    its line in the file and the name that it has there.
+    its line in the file and the name that it has there. `webhook_url` is told of its end.
     """
 
     id: str
@@ -66,6 +66,7 @@ class Video:
     batch_id: str | None = None
     batch_line: int | None = None
     custom_id: str | None = None
+    webhook_url: str | None = None
 
 
 class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word

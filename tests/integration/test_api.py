@@ -73,6 +73,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"stream": "maybe"}, 400, "stream"),
     ({"stream": 1}, 400, "stream"),
     ({"num_steps": 3}, 400, "num_steps"),
+    ({"webhook_url": "https://example.com/hook"}, 400, "webhook_url"),
+    ({"webhook_url": 5}, 400, "webhook_url"),
     ({"input_reference": {"image_url": "data:,"}}, 400, "input_reference"),
 ]
 
