@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from serving.config import MINI_BUNDLE, ConfigError, ServiceConfig, load_config, parse_config
+
+if TYPE_CHECKING:
+    from serving.jobs.keys import KeyStore
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -25,6 +28,8 @@ app = typer.Typer(
 )
 database = typer.Typer(help="The database that videos are kept in.", no_args_is_help=True)
 app.add_typer(database, name="db")
+keys = typer.Typer(help="API keys, which requests need where `require_keys` says so.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 # Progress and errors go to stderr: what stdout has is the answer, such as a path.
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -168,6 +173,46 @@ def upgrade_database(config: Config = None) -> None:
         print(f"schema {Database(settings.resolved_store_url).upgrade()}")
 
 
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose it is, for the list.")],
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Videos it may ask for in a minute.")] = None,
+    unfinished: Annotated[int | None, typer.Option(min=1, help="Videos it may have queued and running.")] = None,
+    config: Config = None,
+) -> None:
+    """Make a key and print it, this once: only its hash is kept."""
+    with _said_in_one_line():
+        key, secret = _key_store(config).create(name[:256], max_per_minute=per_minute, max_unfinished=unfinished)
+        _console.print(f"{key.id} {_plain(key.name)}")
+        print(secret)
+
+
+@keys.command("list")
+def list_keys(config: Config = None) -> None:
+    """Print every key's id, name and state; not the key, which nobody knows."""
+    with _said_in_one_line():
+        for key in _key_store(config).list():
+            print(f"{key.id}  {'revoked' if key.revoked_at else 'active '}  {key.name}")
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="As the list shows it.")], config: Config = None) -> None:
+    """Close a key for good, at once and on every replica. Its videos stay."""
+    with _said_in_one_line():
+        if not _key_store(config).revoke(key_id):
+            raise ConfigError(f"there is no key {key_id}")
+        print(key_id)
+
+
+def _key_store(config: Path | None) -> KeyStore:
+    from serving.jobs.database import Database
+    from serving.jobs.keys import KeyStore
+
+    settings = load_config(config) if config else ServiceConfig()
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return KeyStore(Database.open(settings.resolved_store_url))
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("demo.mp4"),
@@ -190,6 +235,9 @@ def submit(
     requests: Annotated[Path, typer.Argument(help="A JSON object a line, as OpenAI's batches have them.", exists=True)],
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and save the answers.")] = False,
     url: Annotated[str, typer.Option(help="The service's root.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str, typer.Option(envvar="RUSHES_API_KEY", show_envvar=True, help="Where the service wants one.")
+    ] = "unused",
     window: Annotated[str, typer.Option(help="What isn't made within so many hours isn't made.")] = "24h",
     output: Annotated[
         Path | None,
@@ -210,7 +258,7 @@ def submit(
         if wait:
             _output_file(answers)
         try:
-            with httpx.Client(base_url=url, timeout=60) as client:
+            with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {api_key}"}) as client:
                 batch = submission.submit(client, requests, window)
                 if not wait:
                     print(batch["id"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ class ServiceConfig(_Strict):
     decoder: DecoderConfig = Field(default=DecoderConfig(num_cpus=0.3), description="The decoder stage.")
     runner: RunnerConfig = Field(default=RunnerConfig(), description="The runners.")
     api: ApiConfig = Field(default=ApiConfig(), description="The HTTP front.")
+    require_keys: bool | None = Field(
+        default=None,
+        description="Whether requests need an API key (`rushes keys create`); when it is left out, they do unless "
+        "`host` is a loopback address.",
+    )
     webhooks: WebhookConfig = Field(default_factory=WebhookConfig, description="Whom the service calls.")
     lease_seconds: PositiveFloat = Field(
         default=30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
@@ -176,6 +182,15 @@ class ServiceConfig(_Strict):
     @property
     def default_model(self) -> str:
         return next(iter(self.models))
+
+    @property
+    def keys_required(self) -> bool:
+        if self.require_keys is not None:
+            return self.require_keys
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
 
     @property
     def videos_dir(self) -> Path:

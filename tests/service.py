@@ -42,7 +42,7 @@ def assert_envelope(response: httpx.Response, status: int, param: str | None) ->
 class Service:
     """The application over a store of its own; `wakes` counts how often the runners were told of news."""
 
-    def __init__(self, bundle: Bundle, data_dir: Path) -> None:
+    def __init__(self, bundle: Bundle, data_dir: Path, *, require_keys: bool = False) -> None:
         self.url = f"sqlite:///{data_dir / 'videos.db'}"
         database = Database.open(self.url)
         self.store = SqlVideoStore(database)
@@ -58,6 +58,7 @@ class Service:
             aliases={"sora-2": "tiny"},
             max_body_bytes=MAX_BODY,
             max_file_bytes=MAX_FILE,
+            require_keys=require_keys,
         )
 
     async def wake(self) -> None:

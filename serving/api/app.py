@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from models.bundle import Bundle
+from serving.api.auth import Gate
 from serving.api.batches import batches_router
 from serving.api.body import BodyLimit
 from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
@@ -27,22 +28,25 @@ def create_api(
     *,
     aliases: Mapping[str, str] | None = None,
     webhooks: WebhookPolicy = NO_WEBHOOKS,
+    require_keys: bool = False,
     max_body_bytes: int = 1 << 20,
     max_file_bytes: int = 200 << 20,
 ) -> FastAPI:
     """Everything under `/v1`, and `/health`.
 
-    `wake` tells the runners that there is a new video in the store; `aliases` are other names for models.
+    `wake` tells the runners that there is a new video in the store; `aliases` are other names for models;
+    `require_keys` lets in only who has an API key.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, larger={FILES_PATH: max_file_bytes})
     install_error_handlers(app)
     catalog = Catalog(bundles, aliases or {})
-    app.include_router(references_router())
-    app.include_router(videos_router(storage, catalog, wake, webhooks))
-    app.include_router(models_router(catalog))
-    app.include_router(files_router(storage))
-    app.include_router(batches_router(storage, webhooks))
+    gate = [Depends(Gate(storage.keys if require_keys else None))]
+    app.include_router(references_router(), dependencies=gate)
+    app.include_router(videos_router(storage, catalog, wake, webhooks), dependencies=gate)
+    app.include_router(models_router(catalog), dependencies=gate)
+    app.include_router(files_router(storage), dependencies=gate)
+    app.include_router(batches_router(storage, webhooks), dependencies=gate)
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:

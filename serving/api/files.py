@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
+from serving.api.auth import Owner, may_see
 from serving.api.batch_schemas import DeletedFile, FileList, FileObject, file_object
 from serving.api.content import file_response
 from serving.api.errors import ApiError
@@ -46,14 +47,14 @@ def files_router(storage: Storage) -> APIRouter:
     router = APIRouter(prefix=PATH, tags=["files"])
     files, artifacts = storage.files, storage.artifacts
 
-    async def existing(file_id: str) -> StoredFile:
+    async def existing(file_id: str, owner: str | None) -> StoredFile:
         file = await files.get(file_id) if is_file_id(file_id) else None
-        if file is None:
+        if file is None or not may_see(owner, file.owner):
             raise ApiError(404, f"There is no file {file_id[:64]!r}.", param="file_id", code="file_not_found")
         return file
 
     @router.post("", openapi_extra=_UPLOAD_DOCUMENT)
-    async def upload_file(request: Request) -> FileObject:
+    async def upload_file(request: Request, owner: Owner) -> FileObject:
         try:
             # Beyond a megabyte, the upload goes to a file on the disk as it comes.
             async with request.form(max_files=1, max_fields=len(_FIELDS)) as form:
@@ -63,7 +64,7 @@ def files_router(storage: Storage) -> APIRouter:
                         await asyncio.to_thread(shutil.copyfileobj, upload.file, target)
                     name = re.sub(r"[\x00-\x1f\x7f]", "", upload.filename or "")[-255:] or "upload"
                     stored = await files.add(
-                        path, owner=None, purpose="batch", filename=name, lifetime_seconds=lifetime_seconds
+                        path, owner=owner, purpose="batch", filename=name, lifetime_seconds=lifetime_seconds
                     )
         except HTTPException as error:
             raise ApiError(400, f"The form can't be read: {error.detail}", code="invalid_form") from None
@@ -71,6 +72,7 @@ def files_router(storage: Storage) -> APIRouter:
 
     @router.get("")
     async def list_files(
+        owner: Owner,
         purpose: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
@@ -78,7 +80,7 @@ def files_router(storage: Storage) -> APIRouter:
     ) -> FileList:
         if after is not None and not is_file_id(after):
             raise ApiError(400, "after must be a file's id.", param="after", code="invalid_value")
-        found, has_more = await files.list(purpose=purpose, limit=limit, order=order, after=after)
+        found, has_more = await files.list(owner=owner, purpose=purpose, limit=limit, order=order, after=after)
         return FileList(
             data=[file_object(file) for file in found],
             first_id=found[0].id if found else None,
@@ -87,17 +89,17 @@ def files_router(storage: Storage) -> APIRouter:
         )
 
     @router.get("/{file_id}")
-    async def retrieve_file(file_id: str) -> FileObject:
-        return file_object(await existing(file_id))
+    async def retrieve_file(file_id: str, owner: Owner) -> FileObject:
+        return file_object(await existing(file_id, owner))
 
     @router.delete("/{file_id}")
-    async def delete_file(file_id: str) -> DeletedFile:
-        await files.remove(await existing(file_id))
+    async def delete_file(file_id: str, owner: Owner) -> DeletedFile:
+        await files.remove(await existing(file_id, owner))
         return DeletedFile(id=file_id)
 
     @router.get("/{file_id}/content", response_class=Response)
-    async def download_file(request: Request, file_id: str) -> Response:
-        file = await existing(file_id)
+    async def download_file(request: Request, file_id: str, owner: Owner) -> Response:
+        file = await existing(file_id, owner)
         known = {"size_bytes": file.size_bytes, "sha256": file.sha256}
         return file_response(
             request,

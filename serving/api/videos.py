@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
+from serving.api.auth import Owner, may_see
 from serving.api.body import read_body
 from serving.api.content import file_response
 from serving.api.creation import WebhookPolicy, idempotency, new_video
@@ -23,6 +25,7 @@ from serving.api.schemas import (
 )
 from serving.api.streams import follow_video
 from serving.jobs.artifacts import video_key
+from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
 from serving.jobs.store import IdempotencyConflict, Video, VideoNotFound, VideoStatus
 from serving.jobs.sweeper import Sweeper
@@ -57,9 +60,9 @@ def videos_router(
     store, artifacts = storage.videos, storage.artifacts
     sweeper = Sweeper(store, artifacts)
 
-    async def existing(video_id: str) -> Video:
+    async def existing(video_id: str, owner: str | None) -> Video:
         video = await store.get(video_id) if is_video_id(video_id) else None
-        if video is None or video.deleted_at is not None:
+        if video is None or video.deleted_at is not None or not may_see(owner, video.owner):
             raise _not_found(video_id)
         return video
 
@@ -70,16 +73,19 @@ def videos_router(
 
     @router.post("", response_model=VideoObject, openapi_extra=_CREATE_DOCUMENT)
     async def create_video(
-        request: Request, response: Response, idempotency_key: Annotated[str | None, Header()] = None
+        request: Request, response: Response, owner: Owner, idempotency_key: Annotated[str | None, Header()] = None
     ) -> Response | VideoObject:
         values, form = await read_body(request)
         body = parse_create(values, form=form)
         try:
-            asked = new_video(body, catalog, webhooks, owner=None)
+            asked = new_video(body, catalog, webhooks, owner=owner)
             video = await store.create(asked, idempotency(idempotency_key, body))
         except IdempotencyConflict:
             message = "This Idempotency-Key was used for another request."
             raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
+        except LimitReached as error:
+            headers = {"Retry-After": str(math.ceil(max(1.0, error.retry_seconds)))}
+            raise ApiError(429, error.message, code="rate_limit_exceeded", headers=headers) from None
         await wake()
         if not body.stream:
             return await shown(video, response)
@@ -92,13 +98,14 @@ def videos_router(
 
     @router.get("")
     async def list_videos(
+        owner: Owner,
         limit: Annotated[int, Query(ge=0, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
     ) -> VideoList:
         if after is not None and not is_video_id(after):
             raise ApiError(400, "after must be a video's id.", param="after", code="invalid_value")
-        page = await store.list(limit=limit, order=order, after=after)
+        page = await store.list(owner=owner, limit=limit, order=order, after=after)
         return VideoList(
             data=[video_object(video) for video in page.videos],
             first_id=page.videos[0].id if page.videos else None,
@@ -107,19 +114,19 @@ def videos_router(
         )
 
     @router.get("/{video_id}")
-    async def retrieve_video(video_id: str, response: Response) -> VideoObject:
-        return await shown(await existing(video_id), response)
+    async def retrieve_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
+        return await shown(await existing(video_id, owner), response)
 
     @router.post("/{video_id}/cancel")
-    async def cancel_video(video_id: str, response: Response) -> VideoObject:
+    async def cancel_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
         """A queued video fails at once, a running one within a step; one that has ended stays as it is."""
-        await existing(video_id)
+        await existing(video_id, owner)
         return await shown(await store.request_cancel(video_id), response)
 
     @router.delete("/{video_id}")
-    async def delete_video(video_id: str) -> DeletedVideo:
+    async def delete_video(video_id: str, owner: Owner) -> DeletedVideo:
         """Cancels it where it isn't finished. Its files go with it."""
-        await existing(video_id)
+        await existing(video_id, owner)
         try:
             deleted = await store.delete(video_id)
         except VideoNotFound:  # somebody else deleted it meanwhile
@@ -129,8 +136,8 @@ def videos_router(
         return DeletedVideo(id=video_id)
 
     @router.get("/{video_id}/content", response_class=Response, responses=_CONTENT_DOCUMENT)  # type: ignore[arg-type]
-    async def download_video(request: Request, video_id: str, variant: Variant = "video") -> Response:
-        video = await existing(video_id)
+    async def download_video(request: Request, video_id: str, owner: Owner, variant: Variant = "video") -> Response:
+        video = await existing(video_id, owner)
         if video.status is VideoStatus.FAILED:
             raise ApiError(400, f"The video failed: {video.error_message}", param="video_id", code="video_failed")
         if video.status is not VideoStatus.COMPLETED:

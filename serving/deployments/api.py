@@ -32,6 +32,7 @@ class ApiDeployment:
             self._wake,
             aliases=config.model_aliases,
             webhooks=webhook_policy(config),
+            require_keys=config.keys_required,
             max_body_bytes=config.api.max_body_bytes,
             max_file_bytes=config.api.max_file_bytes,
         )

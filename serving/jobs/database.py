@@ -17,9 +17,9 @@ from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect,
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from serving.jobs import migrations
-
 _BUSY_SECONDS = 30
+# One file a step; no package, for Alembic runs its files in a context of its own.
+_MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number that nothing else in the database locks by.
 _MIGRATION_LOCK = 0x72757368
 _BEFORE_ALEMBIC = "0001"
@@ -120,7 +120,7 @@ def _version(connection: Connection) -> str | None:
 def _config(connection: Connection | None = None) -> Config:
     config = Config(attributes={"connection": connection})
     # Alembic reads a percent sign as the start of a placeholder.
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 

@@ -43,7 +43,8 @@ class VideoStore(Protocol):
         """Put `video` into the queue and return it as stored, `created_at` filled in.
 
         With a key that its owner has used for the same request in the last 24 hours, the video of that time is
-        returned and nothing is created. Raises `IdempotencyConflict` when it was another request.
+        returned and nothing is created. Raises `IdempotencyConflict` when it was another request, and `LimitReached`
+        when the owner has asked for too much.
         """
 
     async def get(self, video_id: str) -> Video | None: ...

@@ -9,6 +9,7 @@ from serving.jobs.batches import BatchStore
 from serving.jobs.database import Database
 from serving.jobs.estimates import Estimates
 from serving.jobs.files import FileStore
+from serving.jobs.keys import KeyStore
 from serving.jobs.outbox import Outbox
 from serving.jobs.store import SqlVideoStore
 
@@ -24,6 +25,7 @@ class Storage:
     files: FileStore
     batches: BatchStore
     outbox: Outbox
+    keys: KeyStore
 
     @classmethod
     def over(cls, database: Database, videos: SqlVideoStore, artifacts: Artifacts) -> Storage:
@@ -36,4 +38,5 @@ class Storage:
             FileStore(database, artifacts),
             BatchStore(database, videos),
             Outbox(database),
+            KeyStore(database),
         )

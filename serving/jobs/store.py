@@ -17,6 +17,7 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, upd
 
 from serving.jobs.artifacts import Artifact
 from serving.jobs.database import Database
+from serving.jobs.keys import check_limits
 from serving.jobs.outbox import announce
 from serving.jobs.pages import Order, page_of
 from serving.jobs.protocol import (
@@ -150,6 +151,8 @@ class SqlVideoStore:
                 before = self._once(connection, created, idempotency)
                 if before is not None:
                     return before
+            if created.owner is not None:
+                check_limits(connection, created.owner, self._clock())
             connection.execute(insert(_videos), asdict(created))
         return created
 

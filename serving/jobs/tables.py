@@ -42,6 +42,7 @@ videos = Table(
     Index("videos_queue", "status", "priority", "created_at", "id"),
     Index("videos_leases", "status", "lease_until"),
     Index("videos_owned", "owner", "id"),
+    Index("videos_owned_status", "owner", "status"),
     Index("videos_expiry", "expires_at"),
     Index("videos_finished", "status", "completed_at"),
     # Unique, so that lines are put into the queue once however often that is tried.
@@ -120,4 +121,17 @@ deliveries = Table(
     Column("attempts", Integer, nullable=False),
     Column("next_at", Float, nullable=False),
     Index("deliveries_due", "next_at"),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(256), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("revoked_at", Float),
+    Column("max_per_minute", Integer),
+    Column("max_unfinished", Integer),
+    Index("keys_digest", "digest", unique=True),
 )
