@@ -87,7 +87,9 @@ class RunnerConfig(_Strict):
     poll_seconds: PositiveFloat = Field(
         default=0.5, description="How often a runner looks for queued videos when nobody has told it of one."
     )
-    batch_poll_seconds: PositiveFloat = Field(default=2.0, description="How often a runner looks after the batches.")
+    batch_poll_seconds: PositiveFloat = Field(
+        default=2.0, description="How often a runner looks after batches and webhooks."
+    )
     max_attempts: PositiveInt = Field(default=3, description="Tries at a video before it fails for good.")
 
 

@@ -42,8 +42,8 @@ def assert_envelope(response: httpx.Response, status: int, param: str | None) ->
 class Service:
     """The application over a store of its own; `wakes` counts how often the runners were told of news."""
 
-    def __init__(self, bundle: Bundle, data_dir: Path, *, require_keys: bool = False) -> None:
-        self.url = f"sqlite:///{data_dir / 'videos.db'}"
+    def __init__(self, bundle: Bundle, data_dir: Path, *, require_keys: bool = False, url: str = "") -> None:
+        self.url = url or f"sqlite:///{data_dir / 'videos.db'}"
         database = Database.open(self.url)
         self.store = SqlVideoStore(database)
         self.artifacts = Artifacts(data_dir)

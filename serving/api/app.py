@@ -12,7 +12,7 @@ from serving.api.auth import Gate
 from serving.api.batches import batches_router
 from serving.api.body import BodyLimit
 from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
-from serving.api.errors import install_error_handlers
+from serving.api.errors import ERRORS, install_error_handlers
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
 from serving.api.models import Catalog, models_router
@@ -42,11 +42,11 @@ def create_api(
     install_error_handlers(app)
     catalog = Catalog(bundles, aliases or {})
     gate = [Depends(Gate(storage.keys if require_keys else None))]
-    app.include_router(references_router(), dependencies=gate)
-    app.include_router(videos_router(storage, catalog, wake, webhooks), dependencies=gate)
-    app.include_router(models_router(catalog), dependencies=gate)
-    app.include_router(files_router(storage), dependencies=gate)
-    app.include_router(batches_router(storage, webhooks), dependencies=gate)
+    app.include_router(references_router(), dependencies=gate, responses=ERRORS)
+    app.include_router(videos_router(storage, catalog, wake, webhooks), dependencies=gate, responses=ERRORS)
+    app.include_router(models_router(catalog), dependencies=gate, responses=ERRORS)
+    app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
+    app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:

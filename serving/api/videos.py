@@ -121,7 +121,11 @@ def videos_router(
     async def cancel_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
         """A queued video fails at once, a running one within a step; one that has ended stays as it is."""
         await existing(video_id, owner)
-        return await shown(await store.request_cancel(video_id), response)
+        try:
+            cancelled = await store.request_cancel(video_id)
+        except VideoNotFound:  # somebody deleted it meanwhile
+            raise _not_found(video_id) from None
+        return await shown(cancelled, response)
 
     @router.delete("/{video_id}")
     async def delete_video(video_id: str, owner: Owner) -> DeletedVideo:

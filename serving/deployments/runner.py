@@ -152,7 +152,7 @@ class RunnerDeployment:
                 timeout_seconds=config.webhooks.timeout_seconds,
                 give_up_seconds=config.webhooks.give_up_seconds,
             )
-            self._delivering = loop.create_task(courier.run(config.runner.poll_seconds))
+            self._delivering = loop.create_task(courier.run(config.runner.batch_poll_seconds))
         self._sweeping = loop.create_task(sweeper.run(config.sweep_seconds))
 
     async def wake(self) -> None:

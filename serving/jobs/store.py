@@ -226,6 +226,8 @@ class SqlVideoStore:
             hidden: dict[str, Any] = {"deleted_at": self._clock()}
             if video.status.final:
                 hidden["expires_at"] = self._clock() + _LAST_WORDS_SECONDS
+            # The same request again must not be answered with a video that nobody can see.
+            connection.execute(delete(_keys).where(_keys.c.video_id == video_id))
             return self._update(connection, video, hidden)
 
     def _cancel(self, connection: Connection, video: Video) -> Video:

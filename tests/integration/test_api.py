@@ -443,3 +443,18 @@ async def test_the_openapi_document_describes_the_request(client: httpx.AsyncCli
     schema = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["prompt"]
     assert schema["additionalProperties"] is False
+
+
+async def test_the_openapi_document_says_what_errors_look_like(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    operations = {
+        (method, path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        if path.startswith("/v1/")
+    }
+    assert len(operations) >= 20
+    for operation in operations.values():
+        schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)

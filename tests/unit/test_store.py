@@ -279,9 +279,9 @@ async def test_a_deleted_queued_video_is_cancelled_hidden_and_then_forgotten(
     assert (deleted.status, deleted.error_code, deleted.deleted_at) == (VideoStatus.FAILED, "cancelled", 1000.0)
     assert await store.claim("runner", 30) is None
     assert (await store.list()).videos == []
+    assert (await store.create(make_video(), asked)).id != created.id
     await store.remove(created.id)
     assert await store.get(created.id) is None
-    assert (await store.create(make_video(), asked)).id != created.id
 
 
 async def test_a_deleted_running_video_is_swept_away_after_its_runner_has_let_go(
