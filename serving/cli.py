@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from serving.config import MINI_BUNDLE, ConfigError, ServiceConfig, load_config, parse_config
+
+if TYPE_CHECKING:
+    from serving.jobs.keys import KeyStore
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -23,6 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+database = typer.Typer(help="The database that videos are kept in.", no_args_is_help=True)
+app.add_typer(database, name="db")
+keys = typer.Typer(help="API keys, which requests need where `require_keys` says so.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 # Progress and errors go to stderr: what stdout has is the answer, such as a path.
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -30,6 +37,7 @@ Bundle = Annotated[Path, typer.Option(help="The bundle to serve; the bundled mod
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Seconds = Annotated[int | None, typer.Option(help="Length in whole seconds; the model's default when left out.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's default when left out.")]
+Config = Annotated[Path | None, typer.Option(help="A YAML file; see serving/config.py for its keys.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same video; random when left out.")]
 
 
@@ -164,7 +172,7 @@ def caption(
 
 @app.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(help="A YAML file; see serving/config.py for its keys.")] = None,
+    config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
@@ -182,6 +190,57 @@ def serve(
         serve_until_interrupted(parse_config(values, "options"), _console)
 
 
+@database.command("upgrade")
+def upgrade_database(config: Config = None) -> None:
+    """Bring the database to the newest schema. With SQLite, the service does that itself when it starts."""
+    from serving.jobs.database import Database
+
+    with _said_in_one_line():
+        settings = load_config(config) if config else ServiceConfig()
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        print(f"schema {Database(settings.resolved_store_url).upgrade()}")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose it is, for the list.")],
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Videos it may ask for in a minute.")] = None,
+    unfinished: Annotated[int | None, typer.Option(min=1, help="Videos it may have queued and running.")] = None,
+    config: Config = None,
+) -> None:
+    """Make a key and print it, this once: only its hash is kept."""
+    with _said_in_one_line():
+        key, secret = _key_store(config).create(name[:256], max_per_minute=per_minute, max_unfinished=unfinished)
+        _console.print(f"{key.id} {_plain(key.name)}")
+        print(secret)
+
+
+@keys.command("list")
+def list_keys(config: Config = None) -> None:
+    """Print every key's id, name and state; not the key, which nobody knows."""
+    with _said_in_one_line():
+        for key in _key_store(config).list():
+            print(f"{key.id}  {'revoked' if key.revoked_at else 'active '}  {key.name}")
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="As the list shows it.")], config: Config = None) -> None:
+    """Close a key for good, at once and on every replica. Its videos stay."""
+    with _said_in_one_line():
+        if not _key_store(config).revoke(key_id):
+            raise ConfigError(f"there is no key {key_id}")
+        print(key_id)
+
+
+def _key_store(config: Path | None) -> KeyStore:
+    from serving.jobs.database import Database
+    from serving.jobs.keys import KeyStore
+
+    settings = load_config(config) if config else ServiceConfig()
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return KeyStore(Database.open(settings.resolved_store_url))
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("demo.mp4"),
@@ -197,6 +256,54 @@ def demo(
         _output_file(output)
         run_demo(_alone(bundle), {"prompt": prompt, "seconds": seconds, "seed": seed}, output, _console)
         print(output)
+
+
+@app.command()
+def submit(
+    requests: Annotated[Path, typer.Argument(help="A JSON object a line, as OpenAI's batches have them.", exists=True)],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and save the answers.")] = False,
+    url: Annotated[str, typer.Option(help="The service's root.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str, typer.Option(envvar="RUSHES_API_KEY", show_envvar=True, help="Where the service wants one.")
+    ] = "unused",
+    window: Annotated[str, typer.Option(help="What isn't made within so many hours isn't made.")] = "24h",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where --wait saves the answers.", show_default="NAME.out.jsonl"),
+    ] = None,
+) -> None:
+    """Send a file of requests to a running service, to be made when it has time; prints the batch's id.
+
+    With --wait, prints where the answers are instead. Requests that failed are in a file beside them, and make the exit
+    code 1.
+    """
+    import httpx
+
+    from serving import submission
+
+    answers = output or requests.with_suffix(".out.jsonl")
+    with _said_in_one_line():
+        if wait:
+            _output_file(answers)
+        try:
+            with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {api_key}"}) as client:
+                batch = submission.submit(client, requests, window)
+                if not wait:
+                    print(batch["id"])
+                    return
+                batch = submission.wait(client, batch, _console)
+                for file_id, path in (
+                    (batch["output_file_id"], answers),
+                    (batch["error_file_id"], answers.with_suffix(".errors.jsonl")),
+                ):
+                    if file_id:
+                        submission.download(client, file_id, path)
+                        print(path)
+        except httpx.TransportError as error:
+            raise OSError(f"{url} can't be reached: {error}") from None
+    counts = batch["request_counts"]
+    if counts["completed"] < counts["total"]:
+        _fail(f"{counts['total'] - counts['completed']} of {counts['total']} were not made", FAILED)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +120,9 @@ class RunnerConfig(_Strict):
     poll_seconds: PositiveFloat = Field(
         default=0.5, description="How often a runner looks for queued videos when nobody has told it of one."
     )
+    batch_poll_seconds: PositiveFloat = Field(
+        default=2.0, description="How often a runner looks after batches and webhooks."
+    )
     max_attempts: PositiveInt = Field(default=3, description="Tries at a video before it fails for good.")
 
 
@@ -130,6 +135,23 @@ class ApiConfig(_Strict):
         default=512, description="Open requests a replica has at most; a viewer is one."
     )
     max_body_bytes: PositiveInt = Field(default=1 << 20, description="The longest request body that is read.")
+    max_file_bytes: PositiveInt = Field(default=200 << 20, description="The largest file that can be uploaded.")
+
+
+class WebhookConfig(_Strict):
+    """Whom the service calls when a video or a batch has ended: the `webhook_url` of the request."""
+
+    secret: str | None = Field(
+        default_factory=lambda: os.environ.get("RUSHES_WEBHOOK_SECRET"),
+        pattern=r"^whsec_[A-Za-z0-9+/]{16,}={0,2}$",
+        description="What events are signed with: `whsec_` and base64; the environment's RUSHES_WEBHOOK_SECRET when it "
+        "is left out. Without it, requests with a `webhook_url` are refused.",
+    )
+    allow_private: bool = Field(
+        default=False, description="Whether addresses inside the service's own network may be called."
+    )
+    timeout_seconds: PositiveFloat = Field(default=10.0, description="How long a target has to answer.")
+    give_up_seconds: PositiveFloat = Field(default=86400.0, description="How long a target is tried.")
 
 
 class ServiceConfig(_Strict):
@@ -144,6 +166,21 @@ class ServiceConfig(_Strict):
     store_url: str | None = Field(
         default=None, description="SQLAlchemy URL of the video store; SQLite in `data_dir` when it is left out."
     )
+    artifacts_url: str | None = Field(
+        default=None,
+        description="Where finished videos and uploads are kept: an fsspec URL, such as `s3://bucket/prefix` or "
+        "`gs://bucket/prefix`; `data_dir` when it is left out. Fragment logs are always in `data_dir`.",
+    )
+    artifacts_options: dict[str, Any] = Field(
+        default={}, description="What fsspec is told for that URL, such as `endpoint_url`."
+    )
+    quota_bytes: PositiveInt | None = Field(
+        default=None, description="Beyond so many bytes of videos, those that expire soonest are deleted early."
+    )
+    sweep_seconds: PositiveFloat = Field(default=60.0, description="How often expired videos are deleted.")
+    model_aliases: dict[str, str] = Field(
+        default={}, description="Other names for models, such as `sora-2: mini`, for clients that insist on one."
+    )
     host: str = Field(default="127.0.0.1", description="Address that `rushes serve` listens on.")
     port: int = Field(default=8000, ge=1, le=65535, description="Port that `rushes serve` listens on.")
     text_encoder: TextEncoderConfig = Field(
@@ -153,6 +190,12 @@ class ServiceConfig(_Strict):
     decoder: DecoderConfig = Field(default=DecoderConfig(num_cpus=0.3), description="The decoder stage.")
     runner: RunnerConfig = Field(default=RunnerConfig(), description="The runners.")
     api: ApiConfig = Field(default=ApiConfig(), description="The HTTP front.")
+    require_keys: bool | None = Field(
+        default=None,
+        description="Whether requests need an API key (`rushes keys create`); when it is left out, they do unless "
+        "`host` is a loopback address.",
+    )
+    webhooks: WebhookConfig = Field(default_factory=WebhookConfig, description="Whom the service calls.")
     lease_seconds: PositiveFloat = Field(
         default=30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
     )
@@ -164,9 +207,27 @@ class ServiceConfig(_Strict):
         description="How long a replica that must go may still work; longer than the longest video takes.",
     )
 
+    @model_validator(mode="after")
+    def _aliases_name_models(self) -> ServiceConfig:
+        for alias, name in self.model_aliases.items():
+            if name not in self.models:
+                raise ValueError(f"model_aliases.{alias}: there is no model {name!r}")
+            if alias in self.models:
+                raise ValueError(f"model_aliases.{alias}: that is a model's own name")
+        return self
+
     @property
     def default_model(self) -> str:
         return next(iter(self.models))
+
+    @property
+    def keys_required(self) -> bool:
+        if self.require_keys is not None:
+            return self.require_keys
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
 
     @property
     def videos_dir(self) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from postgres import Cluster, programs, running_cluster
 
 from models.bundle import MANIFEST, Bundle
 
@@ -53,6 +55,24 @@ def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
 
         export_checkpoint(request.getfixturevalue(checkpoint), path)
     return Bundle.load(path)
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[Cluster]:
+    found = programs()
+    if found is None:
+        pytest.skip("there is no PostgreSQL on this machine: install the `postgresql` package")
+    with running_cluster(found) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database at the newest schema; what uses it is tested on both kinds."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'videos.db'}"
+    cluster: Cluster = request.getfixturevalue("postgres_cluster")
+    return cluster.cleared_database()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,38 +1,54 @@
-"""The HTTP application, without Ray: give it a store, a directory of logs and the models."""
+"""The HTTP application, without Ray: give it what the service keeps, and the models."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from models.bundle import Bundle
+from serving.api.auth import Gate
+from serving.api.batches import batches_router
 from serving.api.body import BodyLimit
-from serving.api.errors import install_error_handlers
+from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
+from serving.api.errors import ERRORS, install_error_handlers
+from serving.api.files import PATH as FILES_PATH
+from serving.api.files import files_router
 from serving.api.models import Catalog, models_router
+from serving.api.references import references_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
-from serving.jobs.store import VideoStore
+from serving.jobs.storage import Storage
 
 
 def create_api(
-    store: VideoStore,
-    videos_dir: Path,
+    storage: Storage,
     bundles: Mapping[str, Bundle],
     wake: Callable[[], Awaitable[None]],
     *,
+    aliases: Mapping[str, str] | None = None,
+    webhooks: WebhookPolicy = NO_WEBHOOKS,
+    require_keys: bool = False,
     max_body_bytes: int = 1 << 20,
+    max_file_bytes: int = 200 << 20,
     rewriter: RewriterConfig | None = None,
 ) -> FastAPI:
-    """Everything under `/v1`, and `/health`. `wake` tells the runners that there is a new video in the store."""
+    """Everything under `/v1`, and `/health`.
+
+    `wake` tells the runners that there is a new video in the store; `aliases` are other names for models;
+    `require_keys` lets in only who has an API key.
+    """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, larger={FILES_PATH: max_file_bytes})
     install_error_handlers(app)
-    catalog = Catalog(bundles, rewriter or RewriterConfig())
-    app.include_router(videos_router(store, videos_dir, catalog, wake))
-    app.include_router(models_router(catalog))
+    catalog = Catalog(bundles, aliases or {}, rewriter or RewriterConfig())
+    gate = [Depends(Gate(storage.keys if require_keys else None))]
+    app.include_router(references_router(), dependencies=gate, responses=ERRORS)
+    app.include_router(videos_router(storage, catalog, wake, webhooks), dependencies=gate, responses=ERRORS)
+    app.include_router(models_router(catalog), dependencies=gate, responses=ERRORS)
+    app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
+    app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -17,22 +18,27 @@ _MAX_FORM_FIELDS = 64
 
 
 class BodyLimit:
-    """ASGI middleware: reading more than `max_bytes` of a request's body raises `ApiError` (413)."""
+    """ASGI middleware: reading more than `max_bytes` of a request's body raises `ApiError` (413).
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    `larger` has other limits for some paths.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         read = 0
+        max_bytes = self._larger.get(scope.get("path", ""), self._max_bytes)
 
         async def bounded_receive() -> Message:
             nonlocal read
             message = await receive()
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
-                if read > self._max_bytes:
-                    raise ApiError(413, f"The body is longer than {self._max_bytes} bytes.", code="body_too_large")
+                if read > max_bytes:
+                    raise ApiError(413, f"The body is longer than {max_bytes} bytes.", code="body_too_large")
             return message
 
         await self._app(scope, bounded_receive, send)

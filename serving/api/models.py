@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter
 
@@ -15,15 +15,17 @@ from serving.config import RewriterConfig
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The served models by name; the first is what a request without `model` gets."""
+    """The served models by name; the first is what a request without `model` gets. `aliases` are other names."""
 
     bundles: Mapping[str, Bundle]
-    rewriter: RewriterConfig
+    aliases: Mapping[str, str]
+    rewriter: RewriterConfig = field(default_factory=RewriterConfig)
 
     def resolve(self, name: str | None) -> tuple[str, Manifest]:
         """A request's `model`. Raises `ApiError` (404) for one that isn't served."""
         if name is None:
             name = next(iter(self.bundles))
+        name = self.aliases.get(name, name)
         if name not in self.bundles:
             served = ", ".join(self.bundles)
             message = f"There is no model {name[:64]!r}; there is: {served}."
@@ -35,16 +37,16 @@ def models_router(catalog: Catalog) -> APIRouter:
     router = APIRouter(prefix="/v1/models", tags=["models"])
 
     def described(name: str) -> ModelObject:
-        bundle = catalog.bundles[name]
+        """Under the name that it was asked for by."""
+        bundle = catalog.bundles[catalog.resolve(name)[0]]
         return model_object(name, bundle.manifest, created=int((bundle.root / MANIFEST).stat().st_mtime))
 
     @router.get("")
     async def list_models() -> ModelList:
-        return ModelList(data=[described(name) for name in catalog.bundles])
+        return ModelList(data=[described(name) for name in [*catalog.bundles, *catalog.aliases]])
 
     @router.get("/{model}")
     async def retrieve_model(model: str) -> ModelObject:
-        name, _ = catalog.resolve(model)
-        return described(name)
+        return described(model)
 
     return router

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from models.bundle import Manifest
@@ -50,9 +50,20 @@ class CreateVideoRequest(BaseModel):
         default=None,
         description="Other prompts from a time on, as objects with `start_seconds` and `prompt`; causal models only.",
     )
+    webhook_url: str | None = Field(
+        default=None, description="What to call when the video has ended, with a signed event."
+    )
     stream: bool = Field(
         default=False, description="Answer with the video itself, as fragmented MP4, while it is made."
     )
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _without_nul(cls, text: str | None) -> str | None:
+        """PostgreSQL can't keep it, and it shows nothing."""
+        if text is not None and "\0" in text:
+            raise ValueError("it must not contain a NUL character")
+        return text
 
 
 def parse_create(values: Any, *, form: bool) -> CreateVideoRequest:
@@ -67,10 +78,10 @@ def parse_create(values: Any, *, form: bool) -> CreateVideoRequest:
     try:
         return CreateVideoRequest.model_validate(values, strict=not form)
     except ValidationError as error:
-        raise _named(error.errors(include_url=False)) from None
+        raise named_error(error.errors(include_url=False)) from None
 
 
-def _named(errors: list[ErrorDetails]) -> ApiError:
+def named_error(errors: list[ErrorDetails]) -> ApiError:
     unknown = [str(error["loc"][0]) for error in errors if error["type"] == "extra_forbidden"]
     if unknown:
         shown = ", ".join(name[:64] for name in unknown[:5])
@@ -113,6 +124,7 @@ class VideoObject(BaseModel):
     negative_prompt: str
     num_inference_steps: int
     guidance_scale: float
+    best_of: int
     scene_prompts: list[ScenePrompt]
 
 
@@ -125,7 +137,7 @@ def video_object(video: Video) -> VideoObject:
         progress=video.progress,
         created_at=int(video.created_at),
         completed_at=None if video.completed_at is None or failed else int(video.completed_at),
-        expires_at=None if video.expires_at is None else int(video.expires_at),
+        expires_at=whole_seconds(video.expires_at),
         prompt=video.prompt,
         revised_prompt=video.request.get("revised_prompt"),
         size=video.size,
@@ -135,10 +147,25 @@ def video_object(video: Video) -> VideoObject:
         negative_prompt=video.request["negative_prompt"],
         num_inference_steps=video.request["num_inference_steps"],
         guidance_scale=video.request["guidance_scale"],
+        best_of=video.request.get("best_of", 1),
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
     )
+
+
+class VideoList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
 
 
 class ModelLimits(BaseModel):
@@ -190,3 +217,8 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
             max_prompt_characters=limits.max_prompt_characters,
         ),
     )
+
+
+def whole_seconds(time: float | None) -> int | None:
+    """As OpenAI's objects have times."""
+    return None if time is None else int(time)

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.config import ServiceConfig
-from serving.jobs.store import SqlVideoStore
+from serving.deployments.storage import open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
 
@@ -26,13 +26,15 @@ class ApiDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
-        config.videos_dir.mkdir(parents=True, exist_ok=True)
         return create_api(
-            SqlVideoStore(config.resolved_store_url, max_attempts=config.runner.max_attempts),
-            config.videos_dir,
+            open_storage(config),
             {name: Bundle.load(path) for name, path in config.models.items()},
             self._wake,
+            aliases=config.model_aliases,
+            webhooks=webhook_policy(config),
+            require_keys=config.keys_required,
             max_body_bytes=config.api.max_body_bytes,
+            max_file_bytes=config.api.max_file_bytes,
             rewriter=config.text_encoder.rewriter,
         )
 

@@ -7,12 +7,12 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from serving.jobs.artifacts import finished_path
-from serving.jobs.fragment_log import FragmentLog, LogWriter
+from serving.jobs.artifacts import Artifact, Artifacts, video_key
+from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.store import StaleFence, Video, VideoStore
 from serving.media.fmp4 import remux_to_mp4
+from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
@@ -39,19 +39,22 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class AttemptSettings:
-    """`videos_dir` holds a directory a video; times are in seconds."""
+    """Times are in seconds."""
 
-    videos_dir: Path
     lease_seconds: float
-    retention_seconds: float
     max_attempts: int
 
 
 class Attempt:
     """Drives a claimed video to its end, unless its fence goes stale or the runner must go."""
 
-    def __init__(self, video: Video, stages: Stages, store: VideoStore, settings: AttemptSettings) -> None:
-        self._video, self._stages, self._store, self._settings = video, stages, store, settings
+    def __init__(
+        self, video: Video, stages: Stages, store: VideoStore, artifacts: Artifacts, settings: AttemptSettings
+    ) -> None:
+        self._video, self._stages, self._settings = video, stages, settings
+        self._store, self._artifacts = store, artifacts
+        self._finished: dict[str, Artifact] = {}
+        self._log_bytes = 0
         self._spec = VideoSpec(**video.request)
         self._steps_done = 0.0
         self._frames_done = 0
@@ -85,7 +88,7 @@ class Attempt:
             # Before anything depends on it: another attempt takes this one, whatever a rewriter would say then.
             await self._store.set_request(video.id, video.fence, asdict(spec))
             self._spec = spec
-        writer = await FragmentLog.create(self._settings.videos_dir, video.id, fence=video.fence)
+        writer = await FragmentLog.create(self._artifacts.videos_dir, video.id, fence=video.fence)
 
         async def append(fragment: Fragment) -> None:
             await writer.append(fragment.index, fragment.first_frame, fragment.frames, fragment.init, fragment.data)
@@ -105,7 +108,15 @@ class Attempt:
         await asyncio.to_thread(self._finish, writer.log)
 
     def _finish(self, log: FragmentLog) -> None:
-        remux_to_mp4(log.init(), log.fragments(), finished_path(self._settings.videos_dir, log.video_id))
+        """The log as one file, and the pictures of it."""
+        artifacts, made = self._artifacts, {}
+        with artifacts.scratch() as video, artifacts.scratch() as picture:
+            remux_to_mp4(log.init(), log.fragments(), video)
+            for name, derive in (("thumbnail.webp", thumbnail), ("spritesheet.jpg", sprite_sheet)):
+                picture.write_bytes(derive(video))
+                made[name] = artifacts.put(video_key(log.video_id, name), picture)
+            made["video.mp4"] = artifacts.put(video_key(log.video_id, "video.mp4"), video)
+        self._finished, self._log_bytes = made, sum(entry.size_bytes for entry in log.entries())
 
     async def _settle(self, making: asyncio.Task[None]) -> None:
         """Write down how it went."""
@@ -114,7 +125,7 @@ class Attempt:
         if isinstance(error, StaleFence):
             return
         if not making.cancelled() and error is None:
-            await store.complete(video.id, video.fence, expires_at=time.time() + self._settings.retention_seconds)
+            await store.complete(video.id, video.fence, artifacts=self._finished, log_bytes=self._log_bytes)
         elif self._cancel_requested:
             await self._fail("cancelled", "The video was cancelled.")
         else:
@@ -127,9 +138,14 @@ class Attempt:
                 await self._fail("generation_failed", said[:500])
 
     async def _fail(self, code: str, message: str) -> None:
-        await self._store.fail(self._video.id, self._video.fence, code, message)
-        writer: LogWriter = await FragmentLog.create(self._settings.videos_dir, self._video.id, fence=self._video.fence)
-        await writer.fail(code, message)
+        video, videos_dir = self._video, self._artifacts.videos_dir
+        try:
+            # Before the store knows: a video that has ended may be deleted, and nothing may be written after that.
+            writer: LogWriter = await FragmentLog.create(videos_dir, video.id, fence=video.fence)
+            await writer.fail(code, message)
+        except (OSError, LogError):
+            _log.warning("%s: its log has no end", video.id, exc_info=True)
+        await self._store.fail(video.id, video.fence, code, message)
 
     def _on_step(self, done: StepDone) -> None:
         self._steps_done = done.step / done.steps

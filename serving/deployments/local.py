@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from serving.config import ConfigError, ServiceConfig
+from serving.deployments.storage import open_storage
 
 APP_NAME = "rushes"
 
@@ -63,11 +64,12 @@ class LocalService:
 def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     """Start everything, and stop all of it on the way out.
 
-    Raises `ConfigError` for what can't be started with, and `StartError` when Ray doesn't come up.
+    Raises `ConfigError` or `DatabaseError` for what can't be started with, and `StartError` when Ray doesn't come up.
     """
     config = config.resolved()
     url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
     _check_port(config.host, config.port)
+    open_storage(config).database.dispose()  # what is wrong with the database is said now, and not by a replica
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
 
     import ray

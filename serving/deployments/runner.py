@@ -9,10 +9,17 @@ import socket
 import uuid
 from collections.abc import Mapping
 
+from models.bundle import Bundle
+from serving.api.models import Catalog
 from serving.config import ServiceConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
+from serving.deployments.batches import BatchWorker
+from serving.deployments.courier import Courier
 from serving.deployments.remote import StageHandles, remote_stages
-from serving.jobs.store import SqlVideoStore, Video, VideoStore
+from serving.deployments.storage import open_storage, webhook_policy
+from serving.jobs.storage import Storage
+from serving.jobs.store import Video
+from serving.jobs.sweeper import Sweeper
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +29,7 @@ class Runner:
 
     def __init__(
         self,
-        store: VideoStore,
+        storage: Storage,
         stages: Mapping[str, Stages],
         settings: AttemptSettings,
         *,
@@ -30,7 +37,8 @@ class Runner:
         poll_seconds: float,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._store, self._stages, self._settings = store, stages, settings
+        self._store, self._artifacts = storage.videos, storage.artifacts
+        self._stages, self._settings = stages, settings
         self._poll_seconds = poll_seconds
         self._places = asyncio.Semaphore(max_videos)
         self._attempts: set[asyncio.Task[None]] = set()
@@ -105,7 +113,7 @@ class Runner:
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
                 )
                 return
-            await Attempt(video, stages, self._store, self._settings).run()
+            await Attempt(video, stages, self._store, self._artifacts, self._settings).run()
         except Exception:  # the lease runs out, and then it is tried again
             _log.exception("%s: the attempt broke off", video.id)
 
@@ -118,20 +126,36 @@ class RunnerDeployment:
     """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
     def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
-        config.videos_dir.mkdir(parents=True, exist_ok=True)
+        storage = open_storage(config)
         self._runner = Runner(
-            SqlVideoStore(config.resolved_store_url, max_attempts=config.runner.max_attempts),
+            storage,
             {name: remote_stages(of_model) for name, of_model in handles.items()},
             AttemptSettings(
-                videos_dir=config.videos_dir,
                 lease_seconds=config.lease_seconds,
-                retention_seconds=config.retention_days * 86400,
                 max_attempts=config.runner.max_attempts,
             ),
             max_videos=config.runner.max_videos,
             poll_seconds=config.runner.poll_seconds,
         )
-        self._running = asyncio.get_running_loop().create_task(self._runner.run())
+        loop = asyncio.get_running_loop()
+        self._running = loop.create_task(self._runner.run())
+        sweeper = Sweeper(storage.videos, storage.artifacts, files=storage.files, quota_bytes=config.quota_bytes)
+        bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+        batches = BatchWorker(
+            storage, Catalog(bundles, config.model_aliases, config.text_encoder.rewriter), webhook_policy(config)
+        )
+        self._batching = loop.create_task(batches.run(config.runner.batch_poll_seconds))
+        self._delivering: asyncio.Task[None] | None = None
+        if config.webhooks.secret is not None:
+            courier = Courier(
+                storage.outbox,
+                config.webhooks.secret,
+                allow_private=config.webhooks.allow_private,
+                timeout_seconds=config.webhooks.timeout_seconds,
+                give_up_seconds=config.webhooks.give_up_seconds,
+            )
+            self._delivering = loop.create_task(courier.run(config.runner.batch_poll_seconds))
+        self._sweeping = loop.create_task(sweeper.run(config.sweep_seconds))
 
     async def wake(self) -> None:
         """There is a new video in the store."""

@@ -1,4 +1,4 @@
-"""Where videos are kept until they are made, and after: one protocol, and SQLAlchemy behind it.
+"""Videos in a database: the queue, the leases, and what became of each.
 
 A runner claims a video under a lease, keeps the lease alive with heartbeats, and writes with the fence it was given. A
 lease that runs out makes the video claimable again under a higher fence, and from then on the old runner's every write
@@ -8,142 +8,91 @@ raises `StaleFence`.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    RowMapping,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    insert,
-    make_url,
-    select,
-    update,
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+
+from serving.jobs.artifacts import Artifact
+from serving.jobs.database import Database
+from serving.jobs.keys import check_limits
+from serving.jobs.outbox import announce
+from serving.jobs.pages import Order, page_of
+from serving.jobs.protocol import (
+    Idempotency,
+    IdempotencyConflict,
+    Page,
+    VideoNotFound,
+    VideoStore,
 )
-
+from serving.jobs.tables import idempotency as _keys
+from serving.jobs.tables import videos as _videos
 from serving.jobs.video import StaleFence, Video, VideoStatus, new_video_id
 
-__all__ = ["SqlVideoStore", "StaleFence", "Video", "VideoNotFound", "VideoStatus", "VideoStore", "new_video_id"]
+__all__ = [
+    "Idempotency",
+    "IdempotencyConflict",
+    "Order",
+    "Page",
+    "SqlVideoStore",
+    "StaleFence",
+    "Video",
+    "VideoNotFound",
+    "VideoStatus",
+    "VideoStore",
+    "new_video_id",
+]
 
 MAX_ATTEMPTS = 3
-_BUSY_SECONDS = 30
+RETENTION_SECONDS = 30 * 86400.0
+IDEMPOTENCY_SECONDS = 86400.0
+# A runner that is told that its video was deleted still writes down how its log ended; that must not come after the
+# sweeper.
+_LAST_WORDS_SECONDS = 60.0
 
-
-class VideoNotFound(LookupError):  # noqa: N818 - reads as what it is
-    """No video has this id."""
-
-
-class VideoStore(Protocol):
-    """Durable, shared by every process of the service. Methods with a `fence` raise `StaleFence` when it is not the
-    video's newest, or when the video is not in progress any more; all but `get` raise `VideoNotFound`."""
-
-    async def create(self, video: Video) -> Video:
-        """Put `video` into the queue and return it as stored, `created_at` filled in."""
-
-    async def get(self, video_id: str) -> Video | None: ...
-
-    async def claim(self, runner_id: str, lease_seconds: float) -> Video | None:
-        """Take a video whose runner has let its lease run out, else the oldest queued one; None when there is none.
-
-        Counts an attempt and raises the fence. A video that has used up its attempts, or that was cancelled while
-        nobody ran it, is failed on the way instead (`attempts_exhausted`, `cancelled`).
-        """
-
-    async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
-        """Lease it for another `lease_seconds` from now. The answer's `cancel_requested` is news for the runner."""
-
-    async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
-        """Note `progress`, 0 to 100. The answer's `cancel_requested` is news for the runner."""
-
-    async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
-        """Replace what determines the frames, once more of it is known (the rewritten prompt)."""
-
-    async def complete(self, video_id: str, fence: int, *, expires_at: float | None = None) -> Video: ...
-
-    async def fail(self, video_id: str, fence: int, code: str, message: str) -> Video: ...
-
-    async def requeue(self, video_id: str, fence: int, *, count_attempt: bool = True) -> Video:
-        """Give it back for another runner: after an error that may pass, or (`count_attempt=False`) when draining.
-
-        Fails it with `attempts_exhausted` when that was its last attempt.
-        """
-
-    async def request_cancel(self, video_id: str) -> Video:
-        """A queued video is failed with code `cancelled` at once; its runner does that for a running one. A video that
-        has ended stays as it is."""
-
-
-_metadata = MetaData()
-_videos = Table(
-    "videos",
-    _metadata,
-    Column("id", String(64), primary_key=True),
-    Column("model", String(256), nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("seconds", String(16), nullable=False),
-    Column("size", String(16), nullable=False),
-    Column("request", JSON, nullable=False),
-    Column("status", String(16), nullable=False),
-    Column("progress", Integer, nullable=False),
-    Column("created_at", Float, nullable=False),
-    Column("completed_at", Float),
-    Column("expires_at", Float),
-    Column("error_code", String(64)),
-    Column("error_message", Text),
-    Column("attempt", Integer, nullable=False),
-    Column("fence", Integer, nullable=False),
-    Column("runner_id", String(128)),
-    Column("lease_until", Float),
-    Column("cancel_requested", Boolean, nullable=False),
-    # One index for each half of a claim: both are a seek and one row, however many videos there are.
-    Index("videos_queue", "status", "created_at", "id"),
-    Index("videos_leases", "status", "lease_until"),
-)
-_oldest_queued = (
+_ENDED = (VideoStatus.COMPLETED, VideoStatus.FAILED)
+_next_queued = (
     select(_videos)
     .where(_videos.c.status == VideoStatus.QUEUED)
-    .order_by(_videos.c.created_at, _videos.c.id)
+    .order_by(_videos.c.priority, _videos.c.created_at, _videos.c.id)
     .limit(1)
     .with_for_update(skip_locked=True)
 )
 
 
 class SqlVideoStore:
-    """`VideoStore` in any database that SQLAlchemy speaks to; SQLite by default, which several processes may share."""
+    """`VideoStore` in an SQLite or PostgreSQL database."""
 
-    def __init__(self, url: str, *, max_attempts: int = MAX_ATTEMPTS, clock: Callable[[], float] = time.time) -> None:
-        """Opens `url`, such as `sqlite:////var/lib/rushes/videos.db`, and makes the tables that aren't there."""
-        self._engine = _open(url)
-        self._writer = self._engine.execution_options(immediate=True)
+    def __init__(
+        self,
+        database: Database | str,
+        *,
+        max_attempts: int = MAX_ATTEMPTS,
+        retention_seconds: float = RETENTION_SECONDS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """A URL is opened. A video that has ended is kept for `retention_seconds`. Raises `DatabaseError`."""
+        self._database = Database.open(database) if isinstance(database, str) else database
         self._max_attempts = max_attempts
+        self._retention_seconds = retention_seconds
         self._clock = clock
-        with self._writer.begin() as connection:
-            _metadata.create_all(connection)
 
     def dispose(self) -> None:
         """Close every connection."""
-        self._engine.dispose()
+        self._database.dispose()
 
-    async def create(self, video: Video) -> Video:
-        return await asyncio.to_thread(self._create, video)
+    async def create(self, video: Video, idempotency: Idempotency | None = None) -> Video:
+        return await asyncio.to_thread(self._create, video, idempotency)
 
     async def get(self, video_id: str) -> Video | None:
         return await asyncio.to_thread(self._get, video_id)
+
+    async def list(
+        self, *, owner: str | None = None, limit: int = 20, order: Order = "desc", after: str | None = None
+    ) -> Page:
+        return await asyncio.to_thread(self._list, owner, limit, order, after)
 
     async def claim(self, runner_id: str, lease_seconds: float) -> Video | None:
         return await asyncio.to_thread(self._claim, runner_id, lease_seconds)
@@ -157,17 +106,21 @@ class SqlVideoStore:
     async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
         return await self._write(video_id, fence, lambda _: {"request": dict(request)})
 
-    async def complete(self, video_id: str, fence: int, *, expires_at: float | None = None) -> Video:
-        done = {"status": VideoStatus.COMPLETED, "progress": 100, "expires_at": expires_at}
-        return await self._write(video_id, fence, lambda _: done | self._ended())
+    async def complete(
+        self, video_id: str, fence: int, *, artifacts: Mapping[str, Artifact] | None = None, log_bytes: int = 0
+    ) -> Video:
+        files = {name: asdict(artifact) for name, artifact in (artifacts or {}).items()}
+        stored = log_bytes + sum(artifact.size_bytes for artifact in (artifacts or {}).values())
+        done = {"status": VideoStatus.COMPLETED, "progress": 100, "artifacts": files, "stored_bytes": stored}
+        return await self._write(video_id, fence, lambda video: done | self._ended(video))
 
     async def fail(self, video_id: str, fence: int, code: str, message: str) -> Video:
-        return await self._write(video_id, fence, lambda _: self._failed(code, message))
+        return await self._write(video_id, fence, lambda video: self._failed(video, code, message))
 
     async def requeue(self, video_id: str, fence: int, *, count_attempt: bool = True) -> Video:
         def changes(video: Video) -> dict[str, Any]:
             if count_attempt and video.attempt >= self._max_attempts:
-                return self._exhausted()
+                return self._exhausted(video)
             attempt = video.attempt if count_attempt else video.attempt - 1
             return {"status": VideoStatus.QUEUED, "attempt": attempt, "runner_id": None, "lease_until": None}
 
@@ -176,19 +129,66 @@ class SqlVideoStore:
     async def request_cancel(self, video_id: str) -> Video:
         return await asyncio.to_thread(self._request_cancel, video_id)
 
-    def _create(self, video: Video) -> Video:
+    async def delete(self, video_id: str) -> Video:
+        return await asyncio.to_thread(self._delete, video_id)
+
+    async def expired(self, limit: int) -> Sequence[Video]:
+        return await asyncio.to_thread(self._expired, limit)
+
+    async def beyond_quota(self, quota_bytes: int, limit: int) -> Sequence[Video]:
+        return await asyncio.to_thread(self._beyond_quota, quota_bytes, limit)
+
+    async def remove(self, video_id: str) -> None:
+        await asyncio.to_thread(self._remove, video_id)
+
+    @staticmethod
+    def from_row(row: RowMapping) -> Video:
+        """A row of the table `videos`."""
+        values = {field.name: row[field.name] for field in fields(Video)}
+        return Video(**values | {"status": VideoStatus(row["status"])})
+
+    def _create(self, video: Video, idempotency: Idempotency | None) -> Video:
         created = replace(video, status=VideoStatus.QUEUED, created_at=video.created_at or self._clock())
-        with self._writer.begin() as connection:
+        with self._database.write() as connection:
+            if idempotency is not None:
+                before = self._once(connection, created, idempotency)
+                if before is not None:
+                    return before
+            if created.owner is not None:
+                check_limits(connection, created.owner, self._clock())
             connection.execute(insert(_videos), asdict(created))
         return created
 
+    def _once(self, connection: Connection, video: Video, asked: Idempotency) -> Video | None:
+        """Take the key for `video`, or return the video that it stands for already."""
+        now = self._clock()
+        owner = video.owner or ""
+        mine = (_keys.c.owner == owner) & (_keys.c.key == asked.key)
+        connection.execute(delete(_keys).where(mine, _keys.c.expires_at <= now))
+        values = {"owner": owner, "key": asked.key, "digest": asked.digest, "video_id": video.id}
+        # Of two at once, the second waits here until the first has committed.
+        if self._database.insert_new(connection, _keys, values | {"expires_at": now + IDEMPOTENCY_SECONDS}):
+            return None
+        used = connection.execute(select(_keys).where(mine)).one()
+        if used.digest != asked.digest:
+            raise IdempotencyConflict(asked.key)
+        row = connection.execute(select(_videos).where(_videos.c.id == used.video_id)).mappings().one()
+        return self.from_row(row)
+
     def _get(self, video_id: str) -> Video | None:
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(select(_videos).where(_videos.c.id == video_id)).mappings().one_or_none()
-        return None if row is None else _video(row)
+        return None if row is None else self.from_row(row)
+
+    def _list(self, owner: str | None, limit: int, order: Order, after: str | None) -> Page:
+        query = page_of(_videos, owner=owner, limit=limit, order=order, after=after)
+        query = query.where(_videos.c.deleted_at.is_(None))
+        with self._database.read() as connection:
+            found = [self.from_row(row) for row in connection.execute(query).mappings()]
+        return Page(found[:limit], has_more=len(found) > limit)
 
     def _claim(self, runner_id: str, lease_seconds: float) -> Video | None:
-        with self._writer.begin() as connection:
+        with self._database.write() as connection:
             while True:
                 now = self._clock()
                 lapsed = (
@@ -199,16 +199,15 @@ class SqlVideoStore:
                     .with_for_update(skip_locked=True)
                 )
                 row = (
-                    connection.execute(lapsed).mappings().first()
-                    or connection.execute(_oldest_queued).mappings().first()
+                    connection.execute(lapsed).mappings().first() or connection.execute(_next_queued).mappings().first()
                 )
                 if row is None:
                     return None
-                video = _video(row)
+                video = self.from_row(row)
                 if video.cancel_requested:
-                    self._update(connection, video, self._cancelled())
+                    self._update(connection, video, self._cancelled(video))
                 elif video.attempt >= self._max_attempts:
-                    self._update(connection, video, self._exhausted())
+                    self._update(connection, video, self._exhausted(video))
                 else:
                     claimed = {
                         "status": VideoStatus.IN_PROGRESS,
@@ -216,88 +215,96 @@ class SqlVideoStore:
                         "fence": video.fence + 1,
                         "runner_id": runner_id,
                         "lease_until": now + lease_seconds,
+                        "started_at": now,
                     }
                     return self._update(connection, video, claimed)
 
     def _request_cancel(self, video_id: str) -> Video:
-        with self._writer.begin() as connection:
-            video = _locked(connection, video_id)
-            if video.status is VideoStatus.QUEUED:
-                return self._update(connection, video, self._cancelled())
-            if video.status is VideoStatus.IN_PROGRESS:
-                return self._update(connection, video, {"cancel_requested": True})
-            return video
+        with self._database.write() as connection:
+            return self._cancel(connection, self._locked(connection, video_id))
+
+    def _delete(self, video_id: str) -> Video:
+        with self._database.write() as connection:
+            video = self._cancel(connection, self._locked(connection, video_id))
+            hidden: dict[str, Any] = {"deleted_at": self._clock()}
+            if video.status.final:
+                hidden["expires_at"] = self._clock() + _LAST_WORDS_SECONDS
+            # The same request again must not be answered with a video that nobody can see.
+            connection.execute(delete(_keys).where(_keys.c.video_id == video_id))
+            return self._update(connection, video, hidden)
+
+    def _cancel(self, connection: Connection, video: Video) -> Video:
+        if video.status is VideoStatus.QUEUED:
+            return self._update(connection, video, self._cancelled(video))
+        if video.status is VideoStatus.IN_PROGRESS:
+            return self._update(connection, video, {"cancel_requested": True})
+        return video
+
+    def _expired(self, limit: int) -> Sequence[Video]:
+        query = select(_videos).where(_videos.c.expires_at <= self._clock()).order_by(_videos.c.expires_at).limit(limit)
+        with self._database.read() as connection:
+            return [self.from_row(row) for row in connection.execute(query).mappings()]
+
+    def _beyond_quota(self, quota_bytes: int, limit: int) -> Sequence[Video]:
+        latest_first = (_videos.c.expires_at.desc(), _videos.c.id.desc())
+        used = (
+            select(_videos, func.sum(_videos.c.stored_bytes).over(order_by=latest_first).label("used"))
+            .where(_videos.c.status == VideoStatus.COMPLETED)
+            .subquery()
+        )
+        query = select(used).where(used.c.used > quota_bytes).order_by(used.c.used.desc()).limit(limit)
+        with self._database.read() as connection:
+            return [self.from_row(row) for row in connection.execute(query).mappings()]
+
+    def _remove(self, video_id: str) -> None:
+        with self._database.write() as connection:
+            gone = connection.execute(delete(_videos).where(_videos.c.id == video_id, _videos.c.status.in_(_ENDED)))
+            if gone.rowcount:
+                connection.execute(delete(_keys).where(_keys.c.video_id == video_id))
+            connection.execute(delete(_keys).where(_keys.c.expires_at <= self._clock()))
 
     async def _write(self, video_id: str, fence: int, changes: Callable[[Video], dict[str, Any]]) -> Video:
         return await asyncio.to_thread(self._fenced, video_id, fence, changes)
 
     def _fenced(self, video_id: str, fence: int, changes: Callable[[Video], dict[str, Any]]) -> Video:
-        with self._writer.begin() as connection:
-            video = _locked(connection, video_id)
+        with self._database.write() as connection:
+            video = self._locked(connection, video_id)
             if video.fence != fence or video.status is not VideoStatus.IN_PROGRESS:
                 raise StaleFence(f"{video_id}: fence {fence}, but it is {video.status} under fence {video.fence}")
             return self._update(connection, video, changes(video))
 
+    def _locked(self, connection: Connection, video_id: str) -> Video:
+        query = select(_videos).where(_videos.c.id == video_id).with_for_update()
+        row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise VideoNotFound(video_id)
+        return self.from_row(row)
+
     def _update(self, connection: Connection, video: Video, changes: dict[str, Any]) -> Video:
         connection.execute(update(_videos).where(_videos.c.id == video.id).values(changes))
-        return replace(video, **changes)
+        changed = replace(video, **changes)
+        if changed.webhook_url is not None and changed.status.final and not video.status.final:
+            announce(connection, f"video.{changed.status.value}", video.id, changed.webhook_url, self._clock())
+        return changed
 
-    def _cancelled(self) -> dict[str, Any]:
-        return self._failed("cancelled", "The video was cancelled.") | {"cancel_requested": True}
+    def _cancelled(self, video: Video) -> dict[str, Any]:
+        return self._failed(video, "cancelled", "The video was cancelled.") | {"cancel_requested": True}
 
-    def _exhausted(self) -> dict[str, Any]:
-        return self._failed("attempts_exhausted", f"The video was tried {self._max_attempts} times and never finished.")
+    def _exhausted(self, video: Video) -> dict[str, Any]:
+        said = f"The video was tried {self._max_attempts} times and never finished."
+        return self._failed(video, "attempts_exhausted", said)
 
-    def _failed(self, code: str, message: str) -> dict[str, Any]:
-        return {"status": VideoStatus.FAILED, "error_code": code, "error_message": message} | self._ended()
+    def _failed(self, video: Video, code: str, message: str) -> dict[str, Any]:
+        return {"status": VideoStatus.FAILED, "error_code": code, "error_message": _storable(message)} | self._ended(
+            video
+        )
 
-    def _ended(self) -> dict[str, Any]:
-        return {"completed_at": self._clock(), "lease_until": None, "runner_id": None}
-
-
-def _locked(connection: Connection, video_id: str) -> Video:
-    row = connection.execute(select(_videos).where(_videos.c.id == video_id).with_for_update()).mappings().one_or_none()
-    if row is None:
-        raise VideoNotFound(video_id)
-    return _video(row)
-
-
-def _video(row: RowMapping) -> Video:
-    values = {field.name: row[field.name] for field in fields(Video)}
-    return Video(**values | {"status": VideoStatus(row["status"])})
+    def _ended(self, video: Video) -> dict[str, Any]:
+        now = self._clock()
+        kept = self._retention_seconds if video.deleted_at is None else _LAST_WORDS_SECONDS
+        return {"completed_at": now, "lease_until": None, "runner_id": None, "expires_at": now + kept}
 
 
-def _open(url: str) -> Engine:
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _record: Any) -> None:
-        # Python's own transaction handling begins late and never IMMEDIATE; SQLAlchemy's documented way around it.
-        connection.isolation_level = None
-        _use_wal(connection)
-        # The default in WAL mode may forget the last commits when the power fails.
-        connection.execute("PRAGMA synchronous = FULL")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A transaction that reads first and writes later would fail at once, without waiting, if another wrote between.
-        immediate = connection.get_execution_options().get("immediate", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
-
-
-def _use_wal(connection: sqlite3.Connection) -> None:
-    """Switch the database file to WAL, once for its life. SQLite's own busy timeout does not cover the switch, and
-    several processes may open a new database at once."""
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+def _storable(text: str) -> str:
+    """PostgreSQL has no text with a NUL in it."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-_VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+from serving.jobs.ids import is_id, new_id
+
+# A claim takes the lowest priority first. What somebody may be watching goes before what a batch comes back for.
+INTERACTIVE, BATCH = 0, 10
 
 
 class VideoStatus(StrEnum):
@@ -30,7 +31,11 @@ class Video:
     """One video as the store knows it. Times are seconds since the epoch; `progress` is 0 to 100.
 
     `request` is everything that determines the frames, as JSON (the resolved `VideoSpec`'s fields).
-    `attempt` counts the tries at it; `fence` grows with each, and only its newest value may write.
+    `attempt` counts the tries at it; `fence` grows with each, and only its newest value may write. `work` is what it
+    costs, in units that are only ever compared. `owner` is the id of the API key that made it. From `expires_at` on a
+    video that has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted
+    it. A completed one has `artifacts`: size and hash by file name. A batch's has the place of
+    its line in the file and the name that it has there. `webhook_url` is told of its end.
     """
 
     id: str
@@ -51,6 +56,17 @@ class Video:
     runner_id: str | None = None
     lease_until: float | None = None
     cancel_requested: bool = False
+    owner: str | None = None
+    priority: int = INTERACTIVE
+    work: float = 0.0
+    started_at: float | None = None
+    deleted_at: float | None = None
+    artifacts: Mapping[str, Any] | None = None
+    stored_bytes: int = 0
+    batch_id: str | None = None
+    batch_line: int | None = None
+    custom_id: str | None = None
+    webhook_url: str | None = None
 
 
 class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word
@@ -58,9 +74,9 @@ class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word
 
 
 def new_video_id() -> str:
-    return f"video_{uuid.uuid4().hex}"
+    return new_id("video_")
 
 
 def is_video_id(text: str) -> bool:
     """Whether `text` is an id this service could have made: safe as the name of a directory."""
-    return _VIDEO_ID.fullmatch(text) is not None
+    return is_id("video_", text)

@@ -9,38 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import create_engine, text
+from service import MAX_BODY, Service, assert_envelope
 
 from models.bundle import Bundle
-from serving.api.app import create_api
 from serving.api.streams import follow_video
-from serving.jobs.artifacts import finished_path
 from serving.jobs.fragment_log import FragmentLog, LogFailed
-from serving.jobs.store import SqlVideoStore
-
-MAX_BODY = 1 << 20
-
-
-class Service:
-    """The application over a store of its own; `wakes` counts how often the runners were told of news."""
-
-    def __init__(self, bundle: Bundle, data_dir: Path) -> None:
-        self.videos_dir = data_dir / "videos"
-        self.videos_dir.mkdir()
-        self.url = f"sqlite:///{data_dir / 'videos.db'}"
-        self.store = SqlVideoStore(self.url)
-        self.wakes = 0
-        self.api = create_api(self.store, self.videos_dir, {"tiny": bundle}, self.wake, max_body_bytes=MAX_BODY)
-
-    async def wake(self) -> None:
-        self.wakes += 1
-
-    def created(self) -> int:
-        engine = create_engine(self.url)
-        with engine.connect() as connection:
-            count: int = connection.execute(text("select count(*) from videos")).scalar_one()
-        engine.dispose()
-        return count
 
 
 @pytest.fixture
@@ -56,16 +29,6 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
         yield opened
 
 
-def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert body.keys() == {"error"}
-    assert body["error"].keys() == {"message", "type", "param", "code"}
-    assert body["error"]["param"] == param
-    assert body["error"]["type"] == "invalid_request_error"
-    assert body["error"]["message"]
-
-
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({}, 400, "prompt"),
     ({"prompt": ""}, 400, "prompt"),
@@ -75,6 +38,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": 5}, 400, "prompt"),
     ({"prompt": ["a ball"]}, 400, "prompt"),
     ({"prompt": "\ud800"}, 400, "prompt"),
+    ({"prompt": "a\0ball"}, 400, "prompt"),
     ({"size": "100x100"}, 400, "size"),
     ({"size": "128x120"}, 400, "size"),
     ({"size": "128"}, 400, "size"),
@@ -103,6 +67,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"guidance_scale": -3}, 400, "guidance_scale"),
     ({"guidance_scale": 1e300}, 400, "guidance_scale"),
     ({"guidance_scale": float("nan")}, 400, "guidance_scale"),
+    ({"negative_prompt": "\0"}, 400, "negative_prompt"),
     ({"negative_prompt": 1}, 400, "negative_prompt"),
     ({"negative_prompt": "b" * 40_000}, 400, "negative_prompt"),
     ({"stream": "maybe"}, 400, "stream"),
@@ -112,6 +77,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"scene_prompts": [{"start_seconds": 1, "prompt": "a cube"}]}, 400, "scene_prompts"),
     ({"scene_prompts": "a cube"}, 400, "scene_prompts"),
     ({"num_steps": 3}, 400, "num_steps"),
+    ({"webhook_url": "https://example.com/hook"}, 400, "webhook_url"),
+    ({"webhook_url": 5}, 400, "webhook_url"),
     ({"input_reference": {"image_url": "data:,"}}, 400, "input_reference"),
 ]
 
@@ -238,25 +205,100 @@ async def test_json_and_form_mean_the_same_and_defaults_are_the_bundles(
     assert default["num_inference_steps"] == tiny_bundle.manifest.sampler.num_inference_steps
 
 
-async def test_content_is_refused_until_the_video_is_completed(service: Service, client: httpx.AsyncClient) -> None:
-    video_id = (await client.post("/v1/videos", json={"prompt": "a red ball"})).json()["id"]
-    content = f"/v1/videos/{video_id}/content"
-    assert_envelope(await client.get(content), 400, "video_id")
-    claimed = await service.store.claim("runner", 60)
-    assert claimed is not None
-    assert_envelope(await client.get(content), 400, "video_id")
+async def test_lists_are_pages(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/videos")).json() == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
+    ids = [(await client.post("/v1/videos", json={"prompt": f"ball {n}"})).json()["id"] for n in range(3)]
+    page = (await client.get("/v1/videos", params={"limit": 2})).json()
+    assert [video["id"] for video in page["data"]] == [ids[2], ids[1]]
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (ids[2], ids[1], True)
+    page = (await client.get("/v1/videos", params={"limit": 2, "after": page["last_id"]})).json()
+    assert ([video["id"] for video in page["data"]], page["has_more"]) == ([ids[0]], False)
+    page = (await client.get("/v1/videos", params={"order": "asc"})).json()
+    assert [video["id"] for video in page["data"]] == ids
+    for wrong in ({"limit": 101}, {"limit": -1}, {"limit": "x"}, {"order": "up"}, {"after": "../x"}):
+        assert_envelope(await client.get("/v1/videos", params=wrong), 400, next(iter(wrong)))
 
-    finished_path(service.videos_dir, video_id).parent.mkdir()
-    finished_path(service.videos_dir, video_id).write_bytes(bytes(range(100)))
-    await service.store.complete(video_id, claimed.fence)
-    whole = await client.get(content)
-    assert (whole.status_code, whole.headers["content-type"], whole.content) == (200, "video/mp4", bytes(range(100)))
-    part = await client.get(content, headers={"Range": "bytes=10-19"})
-    assert (part.status_code, part.content) == (206, bytes(range(10, 20)))
-    assert_envelope(await client.get(content, params={"variant": "thumbnail"}), 400, "variant")
-    done = (await client.get(f"/v1/videos/{video_id}")).json()
-    assert (done["status"], done["progress"]) == ("completed", 100)
-    assert isinstance(done["completed_at"], int)
+
+async def test_cancel_and_delete(service: Service, client: httpx.AsyncClient) -> None:
+    ids = [(await client.post("/v1/videos", json={"prompt": f"ball {n}"})).json()["id"] for n in range(4)]
+    cancelled = (await client.post(f"/v1/videos/{ids[0]}/cancel")).json()
+    assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
+    assert (await client.post(f"/v1/videos/{ids[0]}/cancel")).json() == cancelled
+
+    running = await service.claimed()
+    assert running.id == ids[1]
+    assert (await client.post(f"/v1/videos/{ids[1]}/cancel")).json()["status"] == "in_progress"
+    assert (await client.delete(f"/v1/videos/{ids[1]}")).json() == {
+        "id": ids[1],
+        "object": "video.deleted",
+        "deleted": True,
+    }
+    assert_envelope(await client.get(f"/v1/videos/{ids[1]}"), 404, "video_id")
+    assert (await service.store.heartbeat(ids[1], running.fence, 60)).cancel_requested
+
+    await service.completed(ids[2], video_mp4=b"abc")
+    assert (service.videos_dir / ids[2]).exists()
+    for video_id in (ids[0], ids[2], ids[3]):
+        assert (await client.delete(f"/v1/videos/{video_id}")).status_code == 200
+        assert_envelope(await client.delete(f"/v1/videos/{video_id}"), 404, "video_id")
+        assert_envelope(await client.post(f"/v1/videos/{video_id}/cancel"), 404, "video_id")
+        assert await service.store.get(video_id) is None
+    assert list(service.videos_dir.iterdir()) == []
+    assert (await client.get("/v1/videos")).json()["data"] == []
+
+
+async def test_an_idempotency_key_makes_a_request_count_once(service: Service, client: httpx.AsyncClient) -> None:
+    asked = {"prompt": "a red ball", "seconds": 1}
+    key = {"Idempotency-Key": "retry-1"}
+    first = (await client.post("/v1/videos", json=asked, headers=key)).json()
+    assert (await client.post("/v1/videos", json=asked, headers=key)).json() == first
+    form = {"prompt": (None, "a red ball"), "seconds": (None, "1")}
+    assert (await client.post("/v1/videos", files=form, headers=key)).json() == first
+    assert_envelope(await client.post("/v1/videos", json={**asked, "seconds": 2}, headers=key), 409, "Idempotency-Key")
+    for wrong in ("", "k" * 256):
+        response = await client.post("/v1/videos", json=asked, headers={"Idempotency-Key": wrong})
+        assert_envelope(response, 400, "Idempotency-Key")
+    assert service.created() == 1
+    assert (await client.post("/v1/videos", json=asked, headers={"Idempotency-Key": "retry-2"})).json() != first
+
+
+async def test_how_soon_to_ask_again(service: Service, client: httpx.AsyncClient) -> None:
+    """Nothing is known before the first video is completed; then its pace is, and soon each video's own."""
+    asked = {"prompt": "a red ball"}
+    response = await client.post("/v1/videos", json=asked)
+    assert response.headers["openai-poll-after-ms"] == "1000"
+    first = response.json()["id"]
+    await service.completed(first, video_mp4=b"abc")
+    assert "openai-poll-after-ms" not in (await client.get(f"/v1/videos/{first}")).headers
+
+    second = (await client.post("/v1/videos", json=asked)).json()["id"]
+    video = await service.claimed()
+    await service.store.set_progress(second, video.fence, 99)
+    soon = await client.get(f"/v1/videos/{second}")
+    assert soon.headers["openai-poll-after-ms"] == "250"
+    assert soon.json()["progress"] == 99
+
+
+async def test_a_model_has_other_names(client: httpx.AsyncClient) -> None:
+    video = (await client.post("/v1/videos", json={"prompt": "a ball", "model": "sora-2"})).json()
+    assert video["model"] == "tiny"
+    assert (await client.get("/v1/models/sora-2")).json()["id"] == "sora-2"
+    assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny", "sora-2"]
+
+
+async def test_what_no_model_can_do_is_said(service: Service, client: httpx.AsyncClient) -> None:
+    for path in ("edits", "extensions", "characters", "video_" + "0" * 32 + "/remix"):
+        response = await client.post(f"/v1/videos/{path}", json={"prompt": "a ball", "video": {"id": "video_1"}})
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "unsupported_by_model"
+    assert_envelope(await client.get("/v1/videos/characters/char_1"), 404, "character_id")
+    assert service.created() == 0
 
 
 async def test_a_failed_video_says_why(service: Service, client: httpx.AsyncClient) -> None:
@@ -299,7 +341,7 @@ async def test_videos_that_are_not_there(client: httpx.AsyncClient, video_id: st
 async def test_models_are_listed_with_their_limits(client: httpx.AsyncClient, tiny_bundle: Bundle) -> None:
     listed = (await client.get("/v1/models")).json()
     assert listed["object"] == "list"
-    (model,) = listed["data"]
+    model = listed["data"][0]
     assert (model["id"], model["object"], model["owned_by"]) == ("tiny", "model", "rushes")
     assert isinstance(model["created"], int)
     assert model["limits"]["max_seconds"] == tiny_bundle.manifest.limits.max_seconds
@@ -332,3 +374,18 @@ async def test_the_openapi_document_describes_the_request(client: httpx.AsyncCli
     schema = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["prompt"]
     assert schema["additionalProperties"] is False
+
+
+async def test_the_openapi_document_says_what_errors_look_like(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    operations = {
+        (method, path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        if path.startswith("/v1/")
+    }
+    assert len(operations) >= 20
+    for operation in operations.values():
+        schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)

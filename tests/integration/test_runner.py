@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import uvicorn
+from service import WholeService
 
 from models.bundle import Bundle
-from serving.api.app import create_api
-from serving.deployments.attempt import AttemptSettings, Stages
-from serving.deployments.runner import Runner
 from serving.engines.engine import EngineError
-from serving.jobs.artifacts import finished_path
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus
+from serving.jobs.sweeper import Sweeper
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec
 
@@ -52,52 +47,10 @@ class BrokenDenoiser:
         raise EngineError("denoiser.onnx: out of memory")
 
 
-class Service:
-    def __init__(self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path) -> None:
-        self.videos_dir = data_dir / "videos"
-        self.videos_dir.mkdir(parents=True)
-        self.store = SqlVideoStore(f"sqlite:///{data_dir / 'videos.db'}", max_attempts=2)
-        self.stages: dict[str, Any] = {
-            "text_encoder": pipeline.text_encoder,
-            "denoiser": pipeline.denoiser,
-            "decoder": pipeline.decoder,
-        }
-        self.pipeline = pipeline
-        self.bundle = bundle
-        self.runner: Runner | None = None
-
-    def new_runner(self) -> Runner:
-        settings = AttemptSettings(self.videos_dir, lease_seconds=30, retention_seconds=60, max_attempts=2)
-        return Runner(self.store, {"tiny": Stages(**self.stages)}, settings, max_videos=4, poll_seconds=0.05)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[httpx.AsyncClient]:
-        """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
-        runner = self.runner = self.new_runner()
-
-        async def wake() -> None:
-            runner.wake()
-
-        api = create_api(self.store, self.videos_dir, {"tiny": self.bundle}, wake)
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
-            serving = asyncio.create_task(server.serve(sockets=[listening]))
-            working = asyncio.create_task(runner.run())
-            try:
-                url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-                async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-                    yield client
-            finally:
-                working.cancel()
-                await asyncio.wait({working})
-                server.should_exit = True
-                await serving
-
-
 @pytest.fixture
-async def service(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[Service]:
+async def service(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[WholeService]:
     async with LocalPipeline.open(tiny_bundle) as pipeline:
-        yield Service(tiny_bundle, pipeline, tmp_path)
+        yield WholeService(tiny_bundle, pipeline, tmp_path)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -106,7 +59,7 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-async def in_state(service: Service, video_id: str, good: Callable[[VideoStatus], bool]) -> Video:
+async def in_state(service: WholeService, video_id: str, good: Callable[[VideoStatus], bool]) -> Video:
     while True:
         video = await service.store.get(video_id)
         if video is not None and good(video.status):
@@ -114,11 +67,11 @@ async def in_state(service: Service, video_id: str, good: Callable[[VideoStatus]
         await asyncio.sleep(0.01)
 
 
-async def ended(service: Service, video_id: str) -> Video:
+async def ended(service: WholeService, video_id: str) -> Video:
     return await in_state(service, video_id, lambda status: status.final)
 
 
-async def test_the_first_fragment_is_at_the_client_before_the_second_half_is_decoded(service: Service) -> None:
+async def test_the_first_fragment_is_at_the_client_before_the_second_half_is_decoded(service: WholeService) -> None:
     """By the order of events: the second half isn't decoded until the client says that it has the first fragment."""
     decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=3)
     received = b""
@@ -133,17 +86,21 @@ async def test_the_first_fragment_is_at_the_client_before_the_second_half_is_dec
     assert len(log.entries()) == 6
 
 
-async def test_a_finished_video_has_its_file_before_it_is_called_completed(service: Service) -> None:
+async def test_a_finished_video_has_its_file_before_it_is_called_completed(service: WholeService) -> None:
     async with service.running() as client:
         video_id = (await client.post("/v1/videos", json={**ASKED, "seconds": 1})).json()["id"]
         video = await ended(service, video_id)
         assert video.status is VideoStatus.COMPLETED
         assert video.expires_at is not None
         content = await client.get(f"/v1/videos/{video_id}/content")
-    assert content.content == finished_path(service.videos_dir, video_id).read_bytes()
+        thumbnail = await client.get(f"/v1/videos/{video_id}/content", params={"variant": "thumbnail"})
+        sheet = await client.get(f"/v1/videos/{video_id}/content", params={"variant": "spritesheet"})
+    assert (thumbnail.content[8:12], sheet.content[:2]) == (b"WEBP", b"\xff\xd8")
+    assert video.stored_bytes > len(content.content) + len(thumbnail.content) + len(sheet.content)
+    assert content.content == (service.videos_dir / video_id / "video.mp4").read_bytes()
 
 
-async def test_an_attempt_that_fails_is_tried_again_and_then_said(service: Service) -> None:
+async def test_an_attempt_that_fails_is_tried_again_and_then_said(service: WholeService) -> None:
     service.stages["denoiser"] = BrokenDenoiser()
     async with service.running() as client:
         with pytest.raises(httpx.RemoteProtocolError):
@@ -155,7 +112,7 @@ async def test_an_attempt_that_fails_is_tried_again_and_then_said(service: Servi
     assert video.error_message == "denoiser.onnx: out of memory"
 
 
-async def test_a_cancelled_video_lets_go_of_the_denoiser(service: Service, tiny_bundle: Bundle) -> None:
+async def test_a_cancelled_video_lets_go_of_the_denoiser(service: WholeService, tiny_bundle: Bundle) -> None:
     async with service.running() as client:
         steps = tiny_bundle.manifest.limits.max_steps
         asked = {**ASKED, "seconds": tiny_bundle.manifest.limits.max_seconds, "num_inference_steps": steps}
@@ -171,7 +128,23 @@ async def test_a_cancelled_video_lets_go_of_the_denoiser(service: Service, tiny_
         await until(lambda: log.end() is not None)
 
 
-async def test_a_stopped_runners_videos_go_back_and_the_next_one_makes_the_same_bytes(service: Service) -> None:
+async def test_a_running_video_that_is_deleted_is_let_go_of_and_swept(
+    service: WholeService, tiny_bundle: Bundle
+) -> None:
+    async with service.running() as client:
+        limits = tiny_bundle.manifest.limits
+        asked = {**ASKED, "seconds": limits.max_seconds, "num_inference_steps": limits.max_steps}
+        video_id = (await client.post("/v1/videos", json=asked)).json()["id"]
+        await until(lambda: service.pipeline.denoiser.sessions == 1)
+        assert (await client.delete(f"/v1/videos/{video_id}")).status_code == 200
+        video = await ended(service, video_id)
+        assert (video.error_code, service.pipeline.denoiser.sessions) == ("cancelled", 0)
+    later = SqlVideoStore(f"sqlite:///{service.videos_dir.parent / 'videos.db'}", clock=lambda: time.time() + 61)
+    assert await Sweeper(later, service.artifacts).sweep() == 1
+    assert list(service.videos_dir.iterdir()) == []
+
+
+async def test_a_stopped_runners_videos_go_back_and_the_next_one_makes_the_same_bytes(service: WholeService) -> None:
     decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=2)
     async with service.running() as client:
         video_id = (await client.post("/v1/videos", json=ASKED)).json()["id"]
@@ -189,7 +162,7 @@ async def test_a_stopped_runners_videos_go_back_and_the_next_one_makes_the_same_
     assert len(log.entries()) == 6
 
 
-async def test_draining_finishes_what_is_in_hand_and_leaves_the_queue(service: Service) -> None:
+async def test_draining_finishes_what_is_in_hand_and_leaves_the_queue(service: WholeService) -> None:
     decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=0)
     async with service.running() as client:
         first = (await client.post("/v1/videos", json=ASKED)).json()["id"]

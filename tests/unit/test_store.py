@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
 
-from serving.jobs.store import SqlVideoStore, StaleFence, Video, VideoNotFound, VideoStatus, new_video_id
-
-SPAWN = multiprocessing.get_context("spawn")
+from serving.jobs.store import (
+    Idempotency,
+    IdempotencyConflict,
+    SqlVideoStore,
+    StaleFence,
+    Video,
+    VideoNotFound,
+    VideoStatus,
+    new_video_id,
+)
+from serving.jobs.video import BATCH
 
 
 @dataclass
@@ -30,18 +35,14 @@ def make_video(**changes: Any) -> Video:
     return Video(**values | {"size": "128x128", "request": {"seed": 1, "negative_prompt": ""}} | changes)
 
 
-def url(directory: Path) -> str:
-    return f"sqlite:///{directory / 'videos.db'}"
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[SqlVideoStore]:
-    opened = SqlVideoStore(url(tmp_path), clock=clock)
+def store(database_url: str, clock: Clock) -> Iterator[SqlVideoStore]:
+    opened = SqlVideoStore(database_url, clock=clock, retention_seconds=500.0)
     yield opened
     opened.dispose()
 
@@ -52,7 +53,7 @@ async def claimed(store: SqlVideoStore, runner: str = "runner", lease_seconds: f
     return video
 
 
-async def test_a_video_from_queued_to_completed(store: SqlVideoStore, clock: Clock, tmp_path: Path) -> None:
+async def test_a_video_from_queued_to_completed(store: SqlVideoStore, clock: Clock, database_url: str) -> None:
     created = await store.create(make_video())
     assert (created.status, created.created_at) == (VideoStatus.QUEUED, 1000.0)
     assert await store.get(created.id) == created
@@ -63,10 +64,10 @@ async def test_a_video_from_queued_to_completed(store: SqlVideoStore, clock: Clo
     assert (await store.set_progress(running.id, running.fence, 40)).progress == 40
     clock.now = 1020.0
     assert (await store.heartbeat(running.id, running.fence, 30)).lease_until == 1050.0
-    done = await store.complete(running.id, running.fence, expires_at=5000.0)
+    done = await store.complete(running.id, running.fence)
     assert (done.status, done.progress, done.completed_at) == (VideoStatus.COMPLETED, 100, 1020.0)
-    assert (done.expires_at, done.lease_until, done.runner_id) == (5000.0, None, None)
-    reopened = SqlVideoStore(url(tmp_path))
+    assert (done.expires_at, done.lease_until, done.runner_id) == (1520.0, None, None)
+    reopened = SqlVideoStore(database_url)
     assert await reopened.get(created.id) == done
     reopened.dispose()
 
@@ -207,87 +208,119 @@ async def test_a_video_that_is_not_there(store: SqlVideoStore) -> None:
             await write()
 
 
-async def test_claims_look_only_at_the_row_they_take(store: SqlVideoStore, clock: Clock) -> None:
-    statements: list[tuple[str, Any]] = []
-    event.listen(store._engine, "before_cursor_execute", lambda *call: statements.append((call[2], call[3])))
+async def test_a_batch_waits_for_interactive_work(store: SqlVideoStore, clock: Clock) -> None:
+    batch = await store.create(make_video(priority=BATCH))
+    clock.now += 1
+    interactive = await store.create(make_video())
+    assert [(await claimed(store)).id for _ in range(2)] == [interactive.id, batch.id]
+
+
+async def test_lists_go_page_by_page_both_ways(store: SqlVideoStore) -> None:
+    ids = [(await store.create(make_video(owner="a" if n % 2 else "b"))).id for n in range(7)]
+    assert ids == sorted(ids)
+
+    async def pages(**asked: Any) -> list[list[str]]:
+        seen: list[list[str]] = []
+        after = None
+        while True:
+            page = await store.list(after=after, **asked)
+            seen.append([video.id for video in page.videos])
+            if not page.has_more:
+                return seen
+            after = page.videos[-1].id
+
+    assert await pages(limit=3) == [ids[:3:-1], ids[3:0:-1], ids[:1]]
+    assert await pages(limit=7, order="asc") == [ids]
+    assert await pages(limit=2, order="asc", owner="a") == [[ids[1], ids[3]], [ids[5]]]
+    assert await pages(owner="nobody") == [[]]
+    page = await store.list(limit=0)
+    assert (page.videos, page.has_more) == ([], True)
+
+
+async def test_a_list_may_be_read_by_deleting_what_it_shows(store: SqlVideoStore) -> None:
+    ids = [(await store.create(make_video())).id for _ in range(5)]
+    after, seen = None, []
+    while (page := await store.list(limit=2, order="asc", after=after)).videos:
+        for video in page.videos:
+            seen.append(video.id)
+            await store.delete(video.id)
+            await store.remove(video.id)
+            after = video.id
+    assert seen == ids
+
+
+async def test_a_key_makes_a_request_count_once(store: SqlVideoStore, clock: Clock) -> None:
+    asked = Idempotency("retry-1", "digest")
+    first = await store.create(make_video(), asked)
+    assert await store.create(make_video(), asked) == first
+    with pytest.raises(IdempotencyConflict):
+        await store.create(make_video(), Idempotency("retry-1", "other"))
+    other = await store.create(make_video(owner="key_1"), asked)
+    assert other.id != first.id
+    clock.now += 86401
+    again = await store.create(make_video(), Idempotency("retry-1", "other"))
+    assert again.id not in (first.id, other.id)
+    assert len((await store.list()).videos) == 3
+
+
+async def test_requests_with_one_key_at_once_count_once(store: SqlVideoStore) -> None:
+    asked = Idempotency("retry-1", "digest")
+    created = await asyncio.gather(*(store.create(make_video(), asked) for _ in range(8)))
+    assert len({video.id for video in created}) == 1
+    assert len((await store.list()).videos) == 1
+
+
+async def test_a_deleted_queued_video_is_cancelled_hidden_and_then_forgotten(
+    store: SqlVideoStore, clock: Clock
+) -> None:
+    asked = Idempotency("retry-1", "digest")
+    created = await store.create(make_video(), asked)
+    deleted = await store.delete(created.id)
+    assert (deleted.status, deleted.error_code, deleted.deleted_at) == (VideoStatus.FAILED, "cancelled", 1000.0)
+    assert await store.claim("runner", 30) is None
+    assert (await store.list()).videos == []
+    assert (await store.create(make_video(), asked)).id != created.id
+    await store.remove(created.id)
+    assert await store.get(created.id) is None
+
+
+async def test_a_deleted_running_video_is_swept_away_after_its_runner_has_let_go(
+    store: SqlVideoStore, clock: Clock
+) -> None:
     await store.create(make_video())
-    await claimed(store)
-    selects = [statement for statement in statements if statement[0].startswith("SELECT videos")]
-    assert len(selects) == 2
-    with store._engine.connect() as connection:
-        for statement, parameters in selects:
-            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
-            steps = [row[3] for row in plan]
-            assert len(steps) == 1, steps
-            assert steps[0].startswith("SEARCH videos USING INDEX"), steps
+    video = await claimed(store, lease_seconds=1000)
+    await store.delete(video.id)
+    assert (await store.heartbeat(video.id, video.fence, 1000)).cancel_requested
+    clock.now += 100
+    assert await store.expired(10) == []
+    await store.remove(video.id)
+    assert await store.get(video.id) is not None, "a runner still has it"
+    await store.fail(video.id, video.fence, "cancelled", "The video was cancelled.")
+    assert await store.expired(10) == []
+    clock.now += 61
+    assert [swept.id for swept in await store.expired(10)] == [video.id]
 
 
-async def test_sqlite_keeps_what_was_committed_even_if_the_power_fails(store: SqlVideoStore) -> None:
-    with store._engine.connect() as connection:
-        assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
-        assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
-
-
-def _claim_together(directory: Path, together: Any, results: Any, rounds: int) -> None:
-    """Claim and complete `rounds` times, each time at once with the other processes."""
-
-    async def run() -> list[str | None]:
-        store = SqlVideoStore(url(directory))
-        mine: list[str | None] = []
-        for _ in range(rounds):
-            together.wait()
-            video = await store.claim("runner", 60)
-            mine.append(video and video.id)
-            if video is not None:
-                await store.set_progress(video.id, video.fence, 50)
-                await store.complete(video.id, video.fence)
-        store.dispose()
-        return mine
-
-    results.put(asyncio.run(run()))
-
-
-def _open_together(directory: Path, together: Any, results: Any, rounds: int) -> None:
-    """Open `rounds` new databases, each at once with the other processes."""
-    for index in range(rounds):
-        (directory / str(index)).mkdir(exist_ok=True)
-        together.wait()
-        SqlVideoStore(url(directory / str(index))).dispose()
-    results.put([rounds])
-
-
-async def _in_processes(count: int, target: Callable[..., None], directory: Path, rounds: int) -> list[Any]:
-    """What `count` processes that run `target` at once put into their results, one after another."""
-    together, results = SPAWN.Barrier(count, timeout=20), SPAWN.Queue()
-    running = [SPAWN.Process(target=target, args=(directory, together, results, rounds)) for _ in range(count)]
-    for process in running:
-        process.start()
-    # Joined first, and so few results that they fit into the pipe: a process that dies is seen at once.
-    for process in running:
-        await asyncio.to_thread(process.join)
-    assert [process.exitcode for process in running] == [0] * count
-    return [result for _ in running for result in results.get(timeout=10)]
-
-
-async def test_processes_that_claim_at_once_never_get_the_same_video(tmp_path: Path) -> None:
-    store = SqlVideoStore(url(tmp_path))
-    created = [(await store.create(make_video())).id for _ in range(45)]
-    claims = await _in_processes(3, _claim_together, tmp_path, rounds=15)
-    assert sorted(claims, key=str) == sorted(created)
-    for video_id in created:
-        video = await store.get(video_id)
-        assert video is not None
-        assert (video.status, video.attempt) == (VideoStatus.COMPLETED, 1)
-    store.dispose()
-
-
-async def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
-    assert await _in_processes(4, _open_together, tmp_path, rounds=40) == [40] * 4
-
-
-async def test_tasks_of_one_process_that_claim_at_once_never_get_the_same_video(store: SqlVideoStore) -> None:
-    for _ in range(20):
+async def test_what_has_ended_expires(store: SqlVideoStore, clock: Clock) -> None:
+    for code in (None, "generation_failed"):
         await store.create(make_video())
-    claims = await asyncio.gather(*(store.claim(f"runner-{n}", 30) for n in range(25)))
-    ids = [video.id for video in claims if video is not None]
-    assert len(ids) == len(set(ids)) == 20
+        video = await claimed(store)
+        await (store.fail(video.id, video.fence, code, "") if code else store.complete(video.id, video.fence))
+        clock.now += 10
+    await store.create(make_video())
+    clock.now = 1000.0 + 499
+    assert await store.expired(10) == []
+    clock.now = 1000.0 + 500
+    assert [video.status for video in await store.expired(10)] == ["completed"]
+    clock.now = 1000.0 + 5000
+    assert [video.status for video in await store.expired(10)] == ["completed", "failed"]
+    assert len(await store.expired(1)) == 1
+
+
+async def test_any_message_can_be_kept(store: SqlVideoStore) -> None:
+    await store.create(make_video())
+    video = await claimed(store)
+    failed = await store.fail(video.id, video.fence, "generation_failed", "nul \0, quote ' and \N{SNOWMAN}")
+    assert await store.get(video.id) == replace(
+        failed, error_message="nul \N{REPLACEMENT CHARACTER}, quote ' and \N{SNOWMAN}"
+    )

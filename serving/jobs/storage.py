@@ -1,0 +1,42 @@
+"""All that the service keeps, in one place to pass around."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.jobs.artifacts import Artifacts
+from serving.jobs.batches import BatchStore
+from serving.jobs.database import Database
+from serving.jobs.estimates import Estimates
+from serving.jobs.files import FileStore
+from serving.jobs.keys import KeyStore
+from serving.jobs.outbox import Outbox
+from serving.jobs.store import SqlVideoStore
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The stores share one database; every process of the service opens the same."""
+
+    database: Database
+    videos: SqlVideoStore
+    estimates: Estimates
+    artifacts: Artifacts
+    files: FileStore
+    batches: BatchStore
+    outbox: Outbox
+    keys: KeyStore
+
+    @classmethod
+    def over(cls, database: Database, videos: SqlVideoStore, artifacts: Artifacts) -> Storage:
+        """Everything else that lies in the same database and beside the same files."""
+        return cls(
+            database,
+            videos,
+            Estimates(database),
+            artifacts,
+            FileStore(database, artifacts),
+            BatchStore(database, videos),
+            Outbox(database),
+            KeyStore(database),
+        )

@@ -1,0 +1,135 @@
+"""The service in one process, without Ray: its API alone, or all of it on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from sqlalchemy import create_engine, text
+
+from models.bundle import Bundle
+from serving.api.app import create_api
+from serving.api.models import Catalog
+from serving.deployments.attempt import AttemptSettings, Stages
+from serving.deployments.batches import BatchWorker
+from serving.deployments.runner import Runner
+from serving.jobs.artifacts import Artifacts, video_key
+from serving.jobs.database import Database
+from serving.jobs.storage import Storage
+from serving.jobs.store import SqlVideoStore, Video
+from serving.pipeline.local import LocalPipeline
+
+MAX_BODY = 1 << 20
+MAX_FILE = 3 << 20
+
+
+def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["message"]
+
+
+class Service:
+    """The application over a store of its own; `wakes` counts how often the runners were told of news."""
+
+    def __init__(self, bundle: Bundle, data_dir: Path, *, require_keys: bool = False, url: str = "") -> None:
+        self.url = url or f"sqlite:///{data_dir / 'videos.db'}"
+        database = Database.open(self.url)
+        self.store = SqlVideoStore(database)
+        self.artifacts = Artifacts(data_dir)
+        self.videos_dir = self.artifacts.videos_dir
+        self.wakes = 0
+        self.storage = Storage.over(database, self.store, self.artifacts)
+        self.batch_worker = BatchWorker(self.storage, Catalog({"tiny": bundle}, {}))
+        self.api = create_api(
+            self.storage,
+            {"tiny": bundle},
+            self.wake,
+            aliases={"sora-2": "tiny"},
+            max_body_bytes=MAX_BODY,
+            max_file_bytes=MAX_FILE,
+            require_keys=require_keys,
+        )
+
+    async def wake(self) -> None:
+        self.wakes += 1
+
+    async def claimed(self) -> Video:
+        video = await self.store.claim("runner", 60)
+        assert video is not None
+        return video
+
+    async def completed(self, video_id: str, **files: bytes) -> None:
+        """Make the oldest queued video, which must be this one, of these files: a dash in a name for its dot."""
+        video = await self.claimed()
+        assert video.id == video_id
+        made = {}
+        for name, data in files.items():
+            with self.artifacts.scratch() as path:
+                path.write_bytes(data)
+                made[name.replace("_", ".")] = self.artifacts.put(video_key(video_id, name.replace("_", ".")), path)
+        await self.store.complete(video_id, video.fence, artifacts=made)
+
+    def created(self) -> int:
+        engine = create_engine(self.url)
+        with engine.connect() as connection:
+            count: int = connection.execute(text("select count(*) from videos")).scalar_one()
+        engine.dispose()
+        return count
+
+
+class WholeService:
+    """Runner, stages, store, log and HTTP together in one process, without Ray."""
+
+    def __init__(self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path) -> None:
+        database = Database.open(f"sqlite:///{data_dir / 'videos.db'}")
+        self.store = SqlVideoStore(database, max_attempts=2)
+        self.artifacts = Artifacts(data_dir)
+        self.storage = Storage.over(database, self.store, self.artifacts)
+        self.videos_dir = self.artifacts.videos_dir
+        self.stages: dict[str, Any] = {
+            "text_encoder": pipeline.text_encoder,
+            "denoiser": pipeline.denoiser,
+            "decoder": pipeline.decoder,
+        }
+        self.pipeline = pipeline
+        self.bundle = bundle
+        self.runner: Runner | None = None
+
+    def new_runner(self) -> Runner:
+        settings = AttemptSettings(lease_seconds=30, max_attempts=2)
+        return Runner(self.storage, {"tiny": Stages(**self.stages)}, settings, max_videos=4, poll_seconds=0.05)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
+        runner = self.runner = self.new_runner()
+
+        async def wake() -> None:
+            runner.wake()
+
+        api = create_api(self.storage, {"tiny": self.bundle}, wake, aliases={"sora-2": "tiny"})
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            batches = BatchWorker(self.storage, Catalog({"tiny": self.bundle}, {}))
+            working = asyncio.gather(runner.run(), batches.run(poll_seconds=0.05))
+            try:
+                url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+                async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                    yield client
+            finally:
+                working.cancel()
+                await asyncio.gather(working, return_exceptions=True)
+                server.should_exit = True
+                await serving
