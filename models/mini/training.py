@@ -146,7 +146,7 @@ def train(run: Run, modules: dict[str, nn.Module], step_fn: Step, report: Callab
             if step % run.save_every == 0:
                 _save(run, modules, optimizer, average, step, used, report)
     if run.rank == 0:
-        if losses:
+        if losses and not run.history:  # a run so short that it has told nothing yet
             _record(run, step, used, losses)
         _save(run, modules, optimizer, average, step, used, report)
     bar.close()
