@@ -114,12 +114,12 @@ class Denoiser(nn.Module):
             self.transformer.set_attn_processor(original)
 
     def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        _same_batch(latents, timestep, encoder_hidden_states)
+        check_same_batch(latents, timestep, encoder_hidden_states)
         velocity: Tensor = self.transformer(latents, timestep, encoder_hidden_states, return_dict=False)[0]
         return velocity
 
 
-def _same_batch(first: Tensor, *others: Tensor) -> None:
+def check_same_batch(first: Tensor, *others: Tensor) -> None:
     """Each input has its own symbol for the batch; the export must be told that they are one."""
     for other in others:
         torch._check(other.shape[0] == first.shape[0])  # type: ignore[no-untyped-call]
@@ -141,15 +141,15 @@ class AttentionProcessor:
         key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         out = attn.to_out[0](out.transpose(1, 2).flatten(2, 3))
         return attn.to_out[1](out)  # type: ignore[no-any-return]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on neighbouring pairs of `[batch, tokens, heads, dim]`."""
-    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
@@ -269,5 +269,5 @@ class DecoderNext(_Decoder):
     """`t` more latent frames and the caches to `frames` uint8 `[batch, 4 t, H, W, 3]`, `pixels`, the next caches."""
 
     def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        _same_batch(latents, *caches)
+        check_same_batch(latents, *caches)
         return self.decode(latents, _Caches(caches))

@@ -66,7 +66,7 @@ def tiny_text_encoder(vocabulary: int) -> Any:
     ).eval()
 
 
-def tiny_transformer() -> Any:
+def tiny_transformer(layers: int = 1) -> Any:
     return _louder(
         WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -77,7 +77,7 @@ def tiny_transformer() -> Any:
             text_dim=TEXT_DIM,
             freq_dim=32,
             ffn_dim=48,
-            num_layers=1,
+            num_layers=layers,
             cross_attn_norm=True,
             qk_norm="rms_norm_across_heads",
             rope_max_seq_len=64,

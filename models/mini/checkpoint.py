@@ -13,9 +13,10 @@ import torch
 from diffusers import WanPipeline
 
 from models.mini.captions import build_tokenizer, wrap_tokenizer
+from models.mini.conditioning import Captioned
+from models.mini.latents import latent_statistics
 from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
 from models.mini.scene import FPS, FRAMES, HEIGHT, WIDTH
-from models.mini.train_dit import Captioned, latent_statistics
 from models.mini.train_vae import trained_vae
 
 SETTINGS = {

@@ -9,26 +9,44 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from models.mini.train_dit import cache_latents, train_dit
+from models.mini.latents import LONG, cache_latents
+from models.mini.scene import FRAMES
+from models.mini.train_causal import train_causal, train_distil
+from models.mini.train_dit import train_dit
 from models.mini.train_vae import train_vae
 from models.mini.training import Run, spawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit"])
+    parser.add_argument("stage", choices=["vae", "decoder", "latents", "dit", "causal", "distil"])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="states, caches and curves")
     parser.add_argument("--minutes", type=float, default=30, help="budget of the stage over all its resumptions")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes that share gradients")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--clips", type=int, default=3000, help="clips to cache (latents)")
+    parser.add_argument(
+        "--frames", type=int, default=FRAMES, help=f"frames of a cached clip; {LONG} for causal training"
+    )
+    parser.add_argument("--start", type=Path, help="begin with this checkpoint's weights instead of from nothing")
     options = parser.parse_args()
-    run = Run(options.folder, options.stage, options.minutes, 0, options.workers, options.learning_rate)
+    run = Run(
+        options.folder,
+        options.stage,
+        options.minutes,
+        workers=options.workers,
+        learning_rate=options.learning_rate,
+        start=options.start,
+    )
     match options.stage:
         case "latents":
-            spawn(cache_latents, run, options.clips)
+            spawn(cache_latents, run, options.clips, options.frames)
         case "dit":
             spawn(train_dit, run)
+        case "causal":
+            spawn(train_causal, run)
+        case "distil":
+            spawn(train_distil, run)
         case stage:
             spawn(train_vae, run, stage == "decoder")
 

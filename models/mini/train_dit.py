@@ -2,119 +2,95 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from diffusers import WanTransformer3DModel
 from torch import nn
 
-from models.mini.captions import build_tokenizer, canonical, caption
-from models.mini.evaluate import score
-from models.mini.networks import (
-    FLOW_SHIFT,
-    LATENT_CHANNELS,
-    TEXT_LENGTH,
-    build_text_encoder,
-    build_transformer,
-)
-from models.mini.render import render
-from models.mini.scene import make_scene
-from models.mini.train_vae import to_tensor, trained_vae
+from models.mini.captions import build_tokenizer, caption
+from models.mini.conditioning import Captioned, start_from
+from models.mini.latents import Latents, latent_statistics
+from models.mini.networks import build_transformer
+from models.mini.places import CHANNELS
+from models.mini.samples import sample, score_samples, shifted
+from models.mini.scene import FRAMES
 from models.mini.training import Run, train
-from models.mini.world import Attributes, draw
 
 CAPTION_DROPOUT = 0.1
+PROBED_BLOCK = 3
+PROBE_WEIGHT = 0.3
 
 
-# Latents --------------------------------------------------------------------------------------------------------------
+def noise_levels(count: int) -> torch.Tensor:
+    """`[count]` stratified logit-normal noise levels, shifted as the sampler's are."""
+    uniform = (torch.randperm(count) + torch.rand(count)) / count
+    return shifted(torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-3, 1 - 1e-3) - 1)))
 
 
-@torch.no_grad()
-def cache_latents(run: Run, clips: int) -> None:
-    """Render and encode this worker's share of `clips`; goes on where an earlier call stopped."""
-    vae = trained_vae(run.folder)
-    block = 8
-    for first in range(run.rank * block, clips, run.workers * block):
-        path = run.folder / "latents" / f"{first:06d}.npz"
-        if path.exists():
-            continue
-        rng = np.random.default_rng([first, 31])
-        attributes = [draw(rng) for _ in range(block)]
-        batch = to_tensor(np.stack([render(make_scene(a, rng)) for a in attributes]))
-        latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, latents=latents, attributes=json.dumps([a.to_json() for a in attributes]))
-        partial.replace(path)
-        if run.rank == 0:
-            print(f"latents {first}/{clips}", flush=True)
+class Normalised:
+    """Cached clips as the denoiser sees them: drawn at random, each channel of mean 0 and variance 1."""
+
+    def __init__(self, folder: Path, frames: int) -> None:
+        self.data = Latents.load(folder, frames)
+        self._mean, self._std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(folder))
+        # The sky is easy and the middle is where things move: weigh each place by how much it differs between clips.
+        spread = torch.from_numpy(self.data.latents[:512].astype(np.float32)).std(0).mean((0, 1))
+        by_frame = torch.ones(self.data.latents.shape[2])
+        by_frame[0] = 2.0  # the one latent frame of its kind, and the first that is seen
+        self.weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None] * by_frame[:, None, None]
+
+    def draw(self, rng: np.random.Generator, count: int, frames: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        """Latents `[count, channels, frames, 8, 8]`, a caption each (now and then none), and `token_labels`."""
+        chosen = rng.integers(len(self.data.latents), size=count)
+        clean = (self.data.latents[chosen, :, :frames].astype(np.float32) - self._mean) / self._std
+        said = [caption(self.data.attributes[i], rng) for i in chosen]
+        prompts = ["" if rng.random() < CAPTION_DROPOUT else prompt for prompt in said]
+        labels = self.data.labels[chosen, :frames].astype(np.float32)
+        return torch.from_numpy(clean), prompts, torch.from_numpy(labels)
 
 
-def load_latents(folder: Path) -> tuple[NDArray[np.float16], list[Attributes]]:
-    """All cached latents `[clips, channels, frames, height, width]` and what they show."""
-    files = [np.load(path) for path in sorted((folder / "latents").glob("*.npz"))]
-    attributes = [Attributes.from_json(row) for file in files for row in json.loads(str(file["attributes"]))]
-    return np.concatenate([file["latents"] for file in files]), attributes
+class Probe(nn.Module):
+    """Reads `token_labels` off a middle block of the denoiser; thrown away after training."""
 
-
-def latent_statistics(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel; fixed by the first call, so that the cache may grow."""
-    path = folder / "latent-statistics.json"
-    if not path.exists():
-        sample = load_latents(folder)[0][:512].astype(np.float32)
-        path.write_text(json.dumps([sample.mean((0, 2, 3, 4)).tolist(), sample.std((0, 2, 3, 4)).tolist()]))
-    mean, std = json.loads(path.read_text())
-    return mean, std
-
-
-# Flow matching --------------------------------------------------------------------------------------------------------
-
-
-class Captioned(nn.Module):
-    """Token ids to `encoder_hidden_states`, padded with zeros as `WanPipeline` pads them."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
-        self.encoder = build_text_encoder(tokenizer.get_vocab_size())
+        inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.head = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, CHANNELS))
+        self.seen = torch.empty(0)
+        transformer.blocks[PROBED_BLOCK].register_forward_hook(lambda _module, _inputs, output: self._see(output))
 
-    def forward(self, prompts: list[str]) -> torch.Tensor:
-        rows = [encoding.ids[:TEXT_LENGTH] for encoding in self.tokenizer.encode_batch(prompts)]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = (torch.arange(longest)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
-        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        return nn.functional.pad(hidden, (0, 0, 0, TEXT_LENGTH - longest))
+    def _see(self, hidden: torch.Tensor) -> None:
+        self.seen = hidden
+
+    def loss(self, labels: torch.Tensor) -> torch.Tensor:
+        """Squared error against `[batch, frames, rows, columns, CHANNELS]` of the transformer's latest call."""
+        error: torch.Tensor = self.head(self.seen) - labels.flatten(1, 3)
+        return error.square().sum(-1).mean()
 
 
 def train_dit(run: Run) -> None:
-    """Short clips (17 frames) for the first 60 % of the time, whole ones after; captions dropped for guidance."""
-    latents, attributes = load_latents(run.folder)
-    mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(run.folder))
+    """Captions are dropped now and then for guidance.
+
+    From nothing: short clips (17 frames) for the first 60 % of the time, whole ones after.
+    """
+    data = Normalised(run.folder, FRAMES)
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 5])
     tokenizer = build_tokenizer()
     text, transformer = Captioned(tokenizer), build_transformer()
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-    # The sky is easy and the middle is where things move: weigh each place by how much it differs between clips.
-    spread = torch.from_numpy(latents[:512].astype(np.float32)).std(0).mean((0, 1))
-    weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None]
+    if run.start:
+        start_from(run.start, text, transformer)
+    else:
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
+    probe = Probe(transformer)
 
     def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        frames, batch = (5, 16) if progress < 0.6 else (9, 12)
-        chosen = rng.integers(len(latents), size=batch)
-        clean = torch.from_numpy((latents[chosen, :, :frames].astype(np.float32) - mean) / std)
-        prompts = ["" if rng.random() < CAPTION_DROPOUT else caption(attributes[i], rng) for i in chosen]
-        # Stratified logit-normal times, shifted towards noise as the sampler's are.
-        uniform = (torch.randperm(batch) + torch.rand(batch)) / batch
-        sigma = torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-3, 1 - 1e-3) - 1))
-        sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
+        frames, batch = (5, 16) if progress < 0.6 and not run.start else (9, 12)
+        clean, prompts, labels = data.draw(rng, batch, frames)
+        sigma = noise_levels(batch)
         noise = torch.randn_like(clean)
         s = sigma[:, None, None, None, None]
         velocity = transformer(
@@ -123,55 +99,13 @@ def train_dit(run: Run) -> None:
             encoder_hidden_states=text(prompts),
             return_dict=False,
         )[0]
-        loss = (weight * (velocity - (noise - clean)).square()).mean()
-        return loss, {f"loss{frames}": loss.item()}
+        flow = (data.weight[:, :, :frames] * (velocity - (noise - clean)).square()).mean()
+        places = probe.loss(labels)
+        return flow + PROBE_WEIGHT * places, {f"loss{frames}": flow.item(), "places": places.item()}
 
     def report(step: int) -> dict[str, float]:
         if step % (5 * run.save_every):
             return {}
-        return score_samples(run.folder, text, transformer, 12)
+        return score_samples(run.folder, lambda prompts: sample(text, transformer, prompts, 9, 16, 2.0), 12)
 
-    train(run, {"text": text, "transformer": transformer}, step, report)
-
-
-# Watching it learn ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample(
-    text: Captioned, transformer: nn.Module, prompts: list[str], frames: int, steps: int, guidance: float
-) -> torch.Tensor:
-    """Euler samples `[batch, channels, frames, 8, 8]` of normalised latents."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(prompts), LATENT_CHANNELS, frames, 8, 8, generator=generator)
-    states = torch.cat([text(prompts), text([""] * len(prompts))])
-    base = torch.linspace(1, 0, steps + 1)
-    sigmas = FLOW_SHIFT * base / (1 + (FLOW_SHIFT - 1) * base)
-    for now, then in itertools.pairwise(sigmas):
-        velocity = transformer(
-            hidden_states=torch.cat([x, x]),
-            timestep=(now * 1000).expand(2 * len(prompts)),
-            encoder_hidden_states=states,
-            return_dict=False,
-        )[0]
-        conditional, unconditional = velocity.chunk(2)
-        x = x + (then - now) * (unconditional + guidance * (conditional - unconditional))
-    return x
-
-
-@torch.no_grad()
-def score_samples(folder: Path, text: Captioned, transformer: nn.Module, count: int) -> dict[str, float]:
-    """The judge's figures on held-out combinations; writes a contact sheet of the samples."""
-    from PIL import Image
-
-    rng = np.random.default_rng(4)
-    wanted = [draw(rng, held_out=True) for _ in range(count)]
-    vae = trained_vae(folder)
-    mean, std = (torch.tensor(v)[None, :, None, None, None] for v in latent_statistics(folder))
-    x = sample(text, transformer, [canonical(a) for a in wanted], 9, 16, 3.0) * std + mean
-    decoded = torch.cat([vae.decode(part).sample for part in torch.split(x, 8)])
-    clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
-    sheet = np.concatenate([np.concatenate(list(clip[::6]), 1) for clip in clips[:12]])
-    Image.fromarray(sheet).save(folder / "samples.png")
-    accuracies = score(wanted, list(clips)).accuracies()
-    return {f"judged_{name}": share for name, share in accuracies.items()}
+    train(run, {"text": text, "transformer": transformer, "probe": probe}, step, report)

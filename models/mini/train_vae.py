@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.mini.networks import build_vae
 from models.mini.render import render
-from models.mini.scene import FRAMES, HEIGHT, WIDTH, make_scene
+from models.mini.scene import FRAMES, HEIGHT, WIDTH, Scene, make_scene
 from models.mini.training import Run, train
 from models.mini.world import draw
 
@@ -22,34 +23,42 @@ def to_tensor(clips: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
 
 
-def render_pool(path: Path, clips: int, seed: int) -> NDArray[np.uint8]:
-    """`clips` training clips `[clips, frames, height, width, 3]`, rendered once and kept on disk."""
-    if not path.exists():
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Training clips `[clips, frames, height, width, 3]` uint8 on disk, and the scenes they show."""
+
+    clips: NDArray[np.uint8]
+    scenes: list[Scene]
+
+    @classmethod
+    def open(cls, path: Path, clips: int, seed: int) -> Pool:
+        """Rendered by the first call; a scene is drawn again in no time."""
         rng = np.random.default_rng(seed)
-        fresh = np.lib.format.open_memmap(
-            path.with_suffix(".partial"), "w+", np.uint8, (clips, FRAMES, HEIGHT, WIDTH, 3)
-        )
-        for index in range(clips):
-            fresh[index] = render(make_scene(draw(rng), rng))
-        path.with_suffix(".partial").rename(path)
-    pool: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-    return pool
+        scenes = [make_scene(draw(rng), rng) for _ in range(clips)]
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            shape = (clips, FRAMES, HEIGHT, WIDTH, 3)
+            fresh = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+            for index, scene in enumerate(scenes):
+                fresh[index] = render(scene)
+            partial.rename(path)
+        return cls(np.load(path, mmap_mode="r"), scenes)
 
-
-def crops(pool: NDArray[np.uint8], rng: np.random.Generator, count: int, frames: int, side: int) -> torch.Tensor:
-    """Random crops `[count, 3, frames, side, side]` in [-1, 1]; the busiest of three tries."""
-    batch = np.empty((count, frames, side, side, 3), np.uint8)
-    for index in range(count):
-        best = -1.0
-        for _ in range(1 if side == WIDTH else 3):
-            clip = pool[rng.integers(len(pool))]
-            start = rng.integers(FRAMES - frames + 1)
-            y, x = rng.integers(HEIGHT - side + 1), rng.integers(WIDTH - side + 1)
-            crop = clip[start : start + frames, y : y + side, x : x + side]
-            busy = float(np.abs(np.diff(crop[0, ::4, ::4].astype(np.int16), axis=1)).mean())
-            if busy > best:
-                best, batch[index] = busy, crop
-    return to_tensor(batch)
+    def crops(self, rng: np.random.Generator, count: int, frames: int, side: int) -> torch.Tensor:
+        """Random crops `[count, 3, frames, side, side]` in [-1, 1], four in five of them around an object."""
+        batch = np.empty((count, frames, side, side, 3), np.uint8)
+        for index in range(count):
+            which, start = rng.integers(len(self.clips)), rng.integers(FRAMES - frames + 1)
+            corner = rng.integers((HEIGHT - side + 1, WIDTH - side + 1))
+            if rng.random() < 0.8:
+                scene = self.scenes[which]
+                body = scene.bodies[rng.integers(len(scene.bodies))]
+                x, y = scene.camera.project(body.centers, HEIGHT, WIDTH)[start + frames // 2]
+                middle = np.array([y, x]) + rng.uniform(-side / 3, side / 3, 2)
+                corner = np.clip(np.nan_to_num(middle) - side / 2, 0, (HEIGHT - side, WIDTH - side)).astype(int)
+            y0, x0 = corner
+            batch[index] = self.clips[which, start : start + frames, y0 : y0 + side, x0 : x0 + side]
+        return to_tensor(batch)
 
 
 def trained_vae(folder: Path) -> AutoencoderKLWan:
@@ -61,10 +70,15 @@ def trained_vae(folder: Path) -> AutoencoderKLWan:
 
 
 def train_vae(run: Run, decoder_only: bool) -> None:
-    """Crops of 64x64 first, whole frames for the last third of the time; fp32 (bf16 3-D convolutions fail on CPUs)."""
-    pool = render_pool(run.folder / f"pool-{run.rank}.npy", 400, 10 + run.rank)
+    """Crops of 64x64 first, whole clips among them for the last fifth of the time.
+
+    fp32: 3-D convolutions in bf16 fail on CPUs. Starts from the VAE of the checkpoint `run.start`, if there is one.
+    """
+    pool = Pool.open(run.folder / f"pool-{run.rank}.npy", 400, 10 + run.rank)
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 7])
     vae = build_vae()
+    if run.start and not run.state_path.exists():
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(run.start / "vae").state_dict())
     if decoder_only:
         if not run.state_path.exists():
             vae.load_state_dict(torch.load(run.folder / "vae-averaged.pt", weights_only=True)["vae"])
@@ -73,20 +87,24 @@ def train_vae(run: Run, decoder_only: bool) -> None:
     held = _held_out_clips(4)
 
     def step(index: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        if progress < 0.65 and not decoder_only:
-            clip = crops(pool, rng, 4, int(rng.choice([1, 5, 5, 9])), 64)
+        # By the step's number, so that both workers have equal work.
+        if progress < 0.8 or index % 5 < 2:
+            clip = pool.crops(rng, 4, (1, 5, 9, 9, 17)[index % 5], 64)
         else:
             # Whole clips too: a causal convolution that only ever saw a clip's beginning drifts after it.
-            count, frames = ((2, 9), (1, FRAMES))[int(rng.random() < 0.8)]
-            clip = crops(pool, rng, count, frames, 128)
+            clip = pool.crops(rng, 1, FRAMES, WIDTH)
         with torch.set_grad_enabled(not decoder_only):
             posterior = vae.encode(clip).latent_dist
             latents = posterior.mode()
             noisy = latents + 0.03 * torch.randn_like(latents)  # a decoder that forgives the denoiser's small errors
         decoded = vae.decode(noisy).sample
         error = decoded - clip
-        pixel, squared = error.abs().mean(), error.square().mean()
-        edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+        # The first frame has a latent of its own, four others share one: seen rarely, it would stay the worst.
+        weight = torch.ones(clip.shape[2])
+        weight[0] = 3.0
+        weight = (weight / weight.mean())[:, None, None]
+        pixel, squared = (weight * error.abs()).mean(), error.square().mean()
+        edges = ((weight * error.diff(dim=-1).abs()).mean() + (weight * error.diff(dim=-2).abs()).mean()) / 2
         loss = pixel + 4 * squared + 0.5 * edges
         if not decoder_only:
             loss = loss + 1e-3 * latents.square().mean()  # keeps the latents' scale in reach of the noise above

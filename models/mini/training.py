@@ -36,6 +36,7 @@ class Run:
     workers: int = 1
     learning_rate: float = 1e-3
     save_every: int = 100
+    start: Path | None = None  # a diffusers checkpoint whose weights a new stage begins with
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -139,15 +140,21 @@ def train(run: Run, modules: dict[str, nn.Module], step_fn: Step, report: Callab
             losses.setdefault(key, []).append(value)
         step += 1
         if run.rank == 0 and step % 20 == 0:
-            run.history.append({"step": step, "seconds": used} | {k: float(np.mean(v)) for k, v in losses.items()})
-            losses.clear()
+            _record(run, step, used, losses)
             bar.n = int(used)
             bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in run.history[-1].items() if k != "seconds"))
             if step % run.save_every == 0:
                 _save(run, modules, optimizer, average, step, used, report)
     if run.rank == 0:
+        if losses:
+            _record(run, step, used, losses)
         _save(run, modules, optimizer, average, step, used, report)
     bar.close()
+
+
+def _record(run: Run, step: int, used: float, losses: dict[str, list[float]]) -> None:
+    run.history.append({"step": step, "seconds": used} | {k: float(np.mean(v)) for k, v in losses.items()})
+    losses.clear()
 
 
 def _share_gradients(parameters: list[nn.Parameter], workers: int) -> None:
