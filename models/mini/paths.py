@@ -98,7 +98,7 @@ def find_relation(first: Path, second: Path) -> Relation:
     """Where the first object is as seen from the second when the clip starts, as the camera's middle pose sees it."""
     (x, z), (other_x, other_z) = _start(first), _start(second)
     dx, dz = x - other_x, z - other_z
-    if abs(dx) > abs(dz):
+    if abs(dz) < 0.7 * abs(dx):  # objects beside each other stand in one row, those behind each other somewhat aside
         return "right of" if dx > 0 else "left of"
     return "in front of" if dz > 0 else "behind"
 
