@@ -1,7 +1,7 @@
 """Empty scenes: which floor, which light and which camera a clip was made with.
 
-An empty scene is linear in the colours of its floor and sky, so each camera is rendered once, as three layers. Floor and
-light are those whose empty scene explains the clip best; the camera is the one whose tiles lie where the clip's do.
+An empty scene is linear in the colours of its floor and sky, so each camera is rendered once, as three layers. Floor
+and light are those whose empty scene explains the clip best; the camera is the one whose tiles lie where the clip's do.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ _coarse_layers = lru_cache(maxsize=400)(_layers)
 
 
 def distance_to_setting(pixels: FloatArray, lit: FloatArray, dark: FloatArray, brightest: float) -> FloatArray:
-    """Distance `[..., height, width]` of pixels from the nearest of `dark + share * (lit - dark)`, share <= brightest."""
+    """Distance `[..., height, width]` from the nearest of `dark + share * (lit - dark)`, share <= brightest."""
     span = lit - dark
     offset = pixels - dark
     share = dot(offset, span) / np.maximum(dot(span, span), 1e-6)
@@ -160,7 +160,9 @@ def _find_course(small: FloatArray, indices: FrameIndices, setting: Setting, sta
     if start <= 1:
         coarse = [Course(move, extent, start) for move, extents in _EXTENTS.items() for extent in extents]
     else:
-        coarse = [Course(move, extents[1 % len(extents)], start) for move, extents in _EXTENTS.items() if move != "orbit"]
+        coarse = [
+            Course(move, extents[1 % len(extents)], start) for move, extents in _EXTENTS.items() if move != "orbit"
+        ]
         coarse += _orbits_at_any_phase(tiles, indices, size)
 
     def likeness(course: Course) -> float:
@@ -196,9 +198,7 @@ def _orbits_at_any_phase(tiles: _Tiles, indices: FrameIndices, size: tuple[int, 
     scores = [tiles.likeness(layers[:, phase : phase + 1], middle) for phase in range(_PHASES)]
     phases = [(int(np.argmax(scores)) + shift / 2) * step for shift in range(-2, 3)]
     at = indices[middle] / FPS
-    return [
-        Course("orbit", extent, phase / extent + 1 - at) for extent in _EXTENTS["orbit"] for phase in phases
-    ]
+    return [Course("orbit", extent, phase / extent + 1 - at) for extent in _EXTENTS["orbit"] for phase in phases]
 
 
 class _Tiles:
@@ -242,7 +242,7 @@ def _find_gain(pixels: FloatArray, setting: Setting, layers: FloatArray) -> floa
 
 
 def _without_drift(pixels: FloatArray, backdrop: Backdrop, floor: BoolArray) -> FloatArray:
-    """The frames with each one's floor and sky brought to the backdrop's colours: a decoder's hues may drift in time."""
+    """The frames with their floor and sky brought to the backdrop's colours: a decoder's hues may drift in time."""
     coarse = (slice(None), slice(None, None, 2), slice(None, None, 2))
     offset = pixels[coarse] - backdrop.lit[coarse]
     like = distance_to_setting(pixels[coarse], backdrop.lit[coarse], backdrop.dark[coarse], 1.1) < 0.2

@@ -51,7 +51,7 @@ class Outlines:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The shape that an object's outlines fit, how badly (relative to their width), and the outlines completed by it."""
+    """The shape that outlines fit, how badly (relative to their width), and the outlines completed by it."""
 
     shape: Shape
     error: float

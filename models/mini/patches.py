@@ -21,7 +21,7 @@ _MAX_COLOR_ERROR = 0.14  # mean distance in RGB (0..1), at most 0.2 a pixel; bey
 _LEAST_AREA = 1.5e-3  # of a frame's height squared: the least patch that is an object
 # Of two objects' pixels, in RGB distance under a light of brightness 1: how much better they fit their own colour than
 # the other's, and how well. A rim, which mixes an object's colour with that of what is behind it, is no object.
-_LEAST_GAIN, _MAX_MISFIT, _MAX_RIM = 0.10, 0.10, 0.65
+_LEAST_GAIN, _MAX_MISFIT, _MAX_RIM = 0.10, 0.10, 0.58
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def find_patches(pixels: FloatArray, strange: FloatArray, sun: Sun, most: int = 
 def _split(
     pixels: FloatArray, strange: FloatArray, mask: BoolArray, pair: tuple[Color, Color], sun: Sun, brightness: float
 ) -> list[Patch]:
-    """Two patches, or none unless both are seen in half of the frames and neither is a shade or the rim of the other."""
+    """Two patches; none unless both are seen in half of the frames and neither is a shade or the rim of the other."""
     inside = pixels[mask]
     distances = [_distance_to_color(inside, color, sun) for color in pair]
     patches = []

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from models.mini.camera import FOV, POSITION, Camera
 from models.mini.outlines import DOWN, LEFT, RIGHT, SIZES, UP, Match, ground_table
-from models.mini.rays import FloatArray, Shape, array
+from models.mini.rays import FloatArray, array
 from models.mini.scene import FPS
 from models.mini.world import RADIUS, Motion, Relation, Size
 
