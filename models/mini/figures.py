@@ -13,6 +13,7 @@ from rich.table import Table
 from models.mini.asks import Ask, Group
 from models.mini.judge import Thing, Verdict, look
 from models.mini.scene import FPS, FRAMES
+from models.mini.world import Attributes
 
 # The least shares, from the project's plan for this model.
 ALL_BAR, EACH_BAR, TWO_BAR = 0.95, 0.97, 0.85
@@ -107,6 +108,17 @@ def drift(before: Thing, after: Thing, hue_only: bool) -> tuple[float, float]:
     color = float(np.linalg.norm(last - first) / max(float(np.linalg.norm(first)), 1e-6))
     size = abs(after.radius / before.radius - 1) if before.radius > 0 else 1.0
     return 100 * color, 100 * size
+
+
+def accuracies(attributes: list[Attributes], clips: list[NDArray[np.uint8]]) -> dict[str, float]:
+    """Of clips `[frames, height, width, 3]` of any kind, the share that has each attribute right, among those with it.
+
+    Raises `ValueError` when there are not as many clips as attributes.
+    """
+    rights = [look(clip, a.kind)[0].right(a) for a, clip in zip(attributes, clips, strict=True)]
+    names = dict.fromkeys(name for right in rights for name in right)
+    shares = {name: float(np.mean([right[name] for right in rights if name in right])) for name in names}
+    return shares | {"all": float(np.mean([all(right.values()) for right in rights]))}
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
