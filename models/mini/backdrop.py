@@ -70,7 +70,7 @@ class Setting:
     @property
     def lit_floor(self) -> FloatArray:
         sunlight = array(self.sun.color) * unit(array(self.sun.direction))[1]
-        return self.dark_floor + array(FLOOR_RGB[self.floor]) * np.float32(self.gain) * sunlight
+        return array(self.dark_floor + array(FLOOR_RGB[self.floor]) * np.float32(self.gain) * sunlight)
 
     def plates(self, layers: FloatArray) -> tuple[FloatArray, FloatArray]:
         """The empty scene `[frames, height, width, 3]` (0..1) in full light and in full shadow."""
@@ -136,7 +136,7 @@ def _shrink(pixels: FloatArray, factor: int) -> FloatArray:
     frames, height, width, channels = pixels.shape
     height, width = height // factor, width // factor
     whole = pixels[:, : height * factor, : width * factor]
-    return whole.reshape(frames, height, factor, width, factor, channels).mean((2, 4), dtype=np.float32)
+    return array(whole.reshape(frames, height, factor, width, factor, channels).mean((2, 4), dtype=np.float32))
 
 
 def _find_setting(small: FloatArray, indices: FrameIndices, start: float) -> Setting:

@@ -156,15 +156,15 @@ def look(
     verdict = replace(
         place, shape=first.shape, color=first.color, size=first.size, motion=first.motion, then=first.then
     )
-    if len(things) == 2 and first.path and things[1].path:
-        other = things[1]
+    other = things[1] if len(things) == 2 else None
+    if other and first.path and other.path:
         verdict = replace(
             verdict,
             other_shape=other.shape,
             other_color=other.color,
             other_size=other.size,
             other_motion=other.motion,
-            relation=find_relation(things[0].path, things[1].path),
+            relation=find_relation(first.path, other.path),
         )
     return verdict, tuple(things)
 

@@ -63,7 +63,9 @@ def find_patches(pixels: FloatArray, strange: FloatArray, sun: Sun, most: int = 
     sure = strange > 1.5 * threshold
     if sure.sum() < 12 * len(pixels):
         return []
-    found, weight = pixels[sure], np.minimum(strange[sure], 0.4)
+    core = sure & _inside(strange > threshold)  # no rims, which have no object's colour
+    core = core if core.sum() > 12 * len(pixels) else sure
+    found, weight = pixels[core], np.minimum(strange[core], 0.4)
     step = max(1, len(found) // 4000)
     found, weight = found[::step], weight[::step] / weight[::step].sum()
     distances = {c: np.minimum(_distance_to_color(found, c, sun), 0.2) for c in _COLORS}
@@ -93,7 +95,7 @@ def _split(
         if patch.seen().mean() < 0.5:
             return []
         misfit, gain = np.median(own[part[mask]]), np.median((others - own)[part[mask]])
-        rim = 1 - _inside(part).sum() / part.sum()
+        rim = 1 - np.median(_inside(part).sum((1, 2)) / np.maximum(part.sum((1, 2)), 1))
         if gain < _LEAST_GAIN * brightness or misfit > _MAX_MISFIT * brightness or rim > _MAX_RIM:
             return []
         patches.append(patch)

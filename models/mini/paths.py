@@ -108,7 +108,8 @@ def _start(path: Path) -> tuple[float, float]:
     if np.percentile(path.lift, 92) - np.percentile(path.lift, 8) > 0.4:
         return float(np.median(path.x)), float(np.sort(path.standing_z)[-2:].mean())
     part = slice(max(3, len(path.x) // 3))
-    return float(np.median(path.x[part])), float(np.median(path.standing_z[part]))
+    # A foot may be lost in the floor's colour, an outline's height behind another object: neither is trusted alone.
+    return float(np.median(path.x[part])), float(np.median((path.z + path.standing_z)[part]) / 2)
 
 
 def turning(pixels: FloatArray, mask: BoolArray, match: Match, camera: Camera, part: slice) -> float:

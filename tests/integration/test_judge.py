@@ -137,7 +137,9 @@ def test_of_two_objects_the_moving_one_is_first_whichever_is_asked_for() -> None
     assert all(verdict.right(BESIDE).values())
     other = BESIDE.other
     assert other
-    turned = Attributes("cube", "blue", "small", "right", "sand", "noon", other=Other("ball", "red", "large", "left of"))
+    turned = Attributes(
+        "cube", "blue", "small", "right", "sand", "noon", other=Other("ball", "red", "large", "left of")
+    )
     assert verdict.right(turned)["relation"]
     assert not verdict.right(turned)["motion"]  # it is the ball that moves
     assert not verdict.right(replace(BESIDE, other=replace(other, relation="left of")))["relation"]
@@ -145,7 +147,9 @@ def test_of_two_objects_the_moving_one_is_first_whichever_is_asked_for() -> None
 
 def test_two_standing_objects_may_be_told_in_either_order() -> None:
     asked = replace(BESIDE, motion="still")
-    turned = Attributes("cube", "blue", "small", "still", "sand", "noon", other=Other("ball", "red", "large", "left of"))
+    turned = Attributes(
+        "cube", "blue", "small", "still", "sand", "noon", other=Other("ball", "red", "large", "left of")
+    )
     verdict = judge(clip_of(asked), "two")
     assert all(verdict.right(asked).values())
     assert all(verdict.right(turned).values())
