@@ -26,7 +26,7 @@ _MAX_SETTING_ERROR = 0.13  # mean distance in RGB (0..1), at most 0.25 a pixel; 
 _MAX_SHAPE_ERROR = 0.05  # mean distance between outlines of mean width 1
 # A two-beat clip changes somewhere between these (seconds).
 _CHANGE = (0.9, 1.1)
-_SPINNING, _SPINNING_IN_ORBIT = 0.8, 1.2  # in `turning`'s measure
+_SPINNING = 1.0  # in `turning`'s measure
 _TWO_OBJECTS_PACE = 0.5
 _REVERSED: dict[Relation, Relation] = {
     "left of": "right of",
@@ -206,8 +206,7 @@ def _describe(
             return motion
         part = slice(round(start * FPS), min(len(pixels), round(end * FPS) + 1))
         turns = turning(pixels, patch.mask, match, backdrop.camera, part)
-        least = _SPINNING_IN_ORBIT if backdrop.course.move == "orbit" else _SPINNING
-        return "spinning" if turns > least else "still"
+        return "spinning" if turns > _SPINNING else "still"
 
     length = len(pixels) / FPS
     motion = motion_in(0.0, _CHANGE[0] if beats else length)

@@ -98,8 +98,9 @@ def test_reads_soft_and_noisy_clips_with_drifting_hues(clips: Clips) -> None:
 @pytest.mark.parametrize("codec", [as_h264, as_jpeg])
 def test_reads_compressed_clips(clips: Clips, codec) -> None:
     shares = figures([(a, codec(frames)) for a, frames in clips[24:]])
-    assert shares["camera"] == shares["floor"] == shares["light"] == 1, shares
-    assert shares["all"] >= 0.9, shares
+    certain = ("shape", "color", "size", "floor", "light", "camera", "other_shape", "other_color")
+    assert {shares[name] for name in certain} == {1}, shares
+    assert shares["all"] >= 0.9, shares  # one of twelve may be wrong
 
 
 @pytest.mark.parametrize(("height", "width"), [(192, 192), (96, 160)])
@@ -170,7 +171,7 @@ def test_a_late_window_of_a_long_clip() -> None:
     (first, before), (last, after) = look(window(scene, 0)), look(window(scene, start), start_seconds=start / FPS)
     assert all(first.right(cone).values())
     assert all(last.right(cone).values())
-    assert max(drift(before[0], after[0], hue_only=True)) < 2
+    assert max(drift(before[0], after[0], hue_only=True)) < 4  # a pixel is 4 % of the cone's height
     larger = replace(scene, bodies=(replace(scene.bodies[0], radius=scene.bodies[0].radius * 1.15),))
     (changed,) = look(window(larger, start), start_seconds=start / FPS)[1]
     assert drift(before[0], changed, hue_only=True)[1] > 7
