@@ -86,7 +86,7 @@ def score_samples(folder: Path, sampler: Sampler, count: int) -> dict[str, float
     """The judge's figures on held-out combinations; writes a contact sheet of the samples."""
     from PIL import Image
 
-    from models.mini.evaluate import score  # wants the judge
+    from models.mini.figures import accuracies  # wants the judge
 
     rng = np.random.default_rng(4)
     wanted = [draw(rng, held_out=True) for _ in range(count)]
@@ -97,5 +97,4 @@ def score_samples(folder: Path, sampler: Sampler, count: int) -> dict[str, float
     clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
     sheet = np.concatenate([np.concatenate(list(clip[:: len(clip) // 6]), 1) for clip in clips[:12]])
     Image.fromarray(sheet).save(folder / "samples.png")
-    accuracies = score(wanted, list(clips)).accuracies()
-    return {f"judged_{name}": share for name, share in accuracies.items()}
+    return {f"judged_{name}": share for name, share in accuracies(wanted, list(clips)).items()}

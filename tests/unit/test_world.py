@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from models.mini.camera import Camera
+from models.mini.render import render
+from models.mini.scene import FPS, FRAMES, Scene, make_scene
 from models.mini.world import (
-    FPS,
-    FRAMES,
+    KIND_SHARES,
     OBJECT_RGB,
     RADIUS,
     SUNS,
     Attributes,
-    Camera,
+    CameraMove,
+    Kind,
     Light,
     Motion,
-    Scene,
+    Other,
+    Relation,
     all_attributes,
-    make_scene,
-    render,
+    draw,
 )
 
 BALL = Attributes("ball", "red", "large", "still", "grey", "noon")
@@ -42,7 +46,7 @@ def is_red(frames: np.ndarray) -> np.ndarray:
 
 def test_every_combination_once_and_only_cubes_spin() -> None:
     world = all_attributes()
-    assert len(world) == len(set(world)) == 8 * 2 * 4 * 3 * (4 * 6 + 1)
+    assert len(world) == len(set(world)) == 8 * 2 * 4 * 3 * 6 * (4 * 6 + 1)
     assert {a.shape for a in world if a.motion == "spinning"} == {"cube"}
 
 
@@ -50,14 +54,109 @@ def test_about_a_tenth_is_held_out_and_every_value_is_in_both_parts() -> None:
     world = all_attributes()
     held, trained = [a for a in world if a.held_out], [a for a in world if not a.held_out]
     assert 0.08 < len(held) / len(world) < 0.12
-    for name in Attributes.__slots__:
+    for name in ("shape", "color", "size", "motion", "floor", "light", "camera"):
         values = {getattr(a, name) for a in world}
         assert {getattr(a, name) for a in held} == {getattr(a, name) for a in trained} == values
 
 
 def test_what_is_held_out_never_changes() -> None:
     held = [index for index, a in enumerate(all_attributes()) if a.held_out]
-    assert (len(held), held[:5], held[-1]) == (493, [50, 63, 67, 69, 80], 4777)
+    assert (len(held), held[:5], held[-1]) == (2966, [0, 4, 8, 20, 37], 28794)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("kind", list(KIND_SHARES))
+def test_draws_are_of_the_part_and_kind_asked_for(kind: Kind, held_out: bool) -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng, held_out, kind) for _ in range(40)]
+    assert {(a.kind, a.held_out) for a in drawn} == {(kind, held_out)}
+    assert all(a.then != a.motion for a in drawn)
+    assert all(a.other is None or a.other.color != a.color for a in drawn)
+    assert all(a.shape == "cube" for a in drawn if "spinning" in (a.motion, a.then))
+
+
+def test_attributes_survive_json() -> None:
+    rng = np.random.default_rng(1)
+    for kind in KIND_SHARES:
+        attributes = draw(rng, kind=kind)
+        assert Attributes.from_json(json.loads(json.dumps(attributes.to_json()))) == attributes
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("relation", ["left of", "right of", "in front of", "behind"])
+def test_a_relation_is_what_the_camera_sees_from_start_to_end(relation: Relation, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    drawn = next(a for a in iter(lambda: draw(rng, kind="two"), None) if a.other and a.other.relation == relation)
+    first, other = make_scene(drawn, rng).bodies
+    dx, dz = (first.centers - other.centers)[:, [0, 2]].T
+    sign = 1 if relation in ("right of", "in front of") else -1
+    along, aside = (dx, dz) if relation in ("left of", "right of") else (dz, dx)
+    assert (along * sign > np.abs(aside)).all()
+    assert not np.ptp(other.centers, axis=0).any()
+    assert (np.hypot(dx, dz) > first.radius + other.radius).all()
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "beats"])
+def test_nothing_leaves_the_picture_for_long(kind: Kind) -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        drawn = make_scene(draw(rng, kind=kind), rng)
+        for body in drawn.bodies:
+            x, y = drawn.camera.project(body.centers, 1, 1).T
+            assert ((x > 0) & (x < 1) & (y > 0) & (y < 1)).mean() > 0.6
+
+
+def test_two_beats_are_two_motions() -> None:
+    drawn = scene(3, motion="left", then="bouncing")
+    x, y, _ = drawn.bodies[0].centers.T
+    assert drawn.change_at is not None
+    change = int(np.ceil(drawn.change_at * FPS))
+    assert 0.9 <= drawn.change_at <= 1.1
+    assert (np.diff(x[:change]) < -0.05).all()
+    assert not np.ptp(x[change + 1 :])
+    assert not np.ptp(y[: change - 1])
+    assert np.ptp(y[change:]) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("move", "sign"), [("pan left", 1), ("pan right", -1), ("zoom in", 0), ("zoom out", 0), ("orbit", 0), ("still", 0)]
+)
+def test_camera_moves(move: CameraMove, sign: int) -> None:
+    camera = scene(1, camera=move).camera
+    still = Camera.still(FRAMES)
+    middle = FPS  # after one second every camera is where the still one is
+    assert camera.positions[middle] == pytest.approx(still.positions[middle], abs=1e-5)
+    assert camera.targets[middle] == pytest.approx(still.targets[middle], abs=1e-5)
+    ahead = np.tile(np.float32([0, 0.6, 0]), (FRAMES, 1))
+    x = camera.project(ahead, 128, 128)[:, 0]
+    if sign:
+        assert (np.diff(x) * sign > 0).all()
+    else:
+        assert x == pytest.approx(64, abs=0.01)
+    zoom = np.diff(camera.fov_degrees)
+    assert {"zoom in": (zoom < 0).all(), "zoom out": (zoom > 0).all()}.get(move, not zoom.any())
+    assert camera.moves == (move != "still")
+    distance = np.linalg.norm(camera.positions[:, [0, 2]], axis=-1)
+    assert distance == pytest.approx(6.0, abs=1e-4)
+    assert (np.ptp(camera.positions[:, 0]) > 3) == (move == "orbit")
+
+
+def test_pans_and_zooms_end_and_an_orbit_goes_on() -> None:
+    for move in ("pan left", "zoom in"):
+        camera = scene(1, frames=80, camera=move).camera
+        assert not np.ptp(camera.targets[2 * FPS :], axis=0).any()
+        assert not np.ptp(camera.fov_degrees[2 * FPS :])
+    orbit = scene(1, frames=80, camera="orbit").camera
+    assert (np.linalg.norm(np.diff(orbit.positions, axis=0), axis=-1) > 0.1).all()
+
+
+def test_the_nearer_object_hides_the_farther() -> None:
+    two = replace(BALL, color="blue", other=Other("ball", "red", "large", "behind"))
+    drawn = make_scene(two, np.random.default_rng(0), 1)
+    behind, front = drawn.bodies
+    moved = replace(behind, centers=front.centers + np.float32([0, 0, -1.7]))
+    hidden = is_red(render(replace(drawn, bodies=(moved, front))))
+    assert (hidden == is_red(render(replace(drawn, bodies=(front,))))).mean() > 0.99
 
 
 def test_a_seed_is_a_clip() -> None:
