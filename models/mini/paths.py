@@ -106,7 +106,9 @@ def find_relation(first: Path, second: Path) -> Relation:
 def _start(path: Path) -> tuple[float, float]:
     """Where an object is at first; one that bounces stays there, and its place is told where its foot is lowest."""
     if np.percentile(path.lift, 92) - np.percentile(path.lift, 8) > 0.4:
-        return float(np.median(path.x)), float(np.sort(path.standing_z)[-2:].mean())
+        landed = path.lift.min() < 0.2  # else something hides its foot whenever it is down
+        z = np.sort(path.standing_z)[-2:].mean() if landed else np.median(path.z)
+        return float(np.median(path.x)), float(z)
     part = slice(max(3, len(path.x) // 3))
     # A foot may be lost in the floor's colour, an outline's height behind another object: neither is trusted alone.
     return float(np.median(path.x[part])), float(np.median((path.z + path.standing_z)[part]) / 2)
