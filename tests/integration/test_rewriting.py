@@ -20,6 +20,8 @@ from models.bundle import Bundle
 from serving.chat import ChatRewriter, open_rewriter
 from serving.config import RewriterConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
+from serving.jobs.artifacts import Artifacts
+from serving.jobs.database import Database
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus, new_video_id
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
@@ -170,9 +172,9 @@ class Fickle:
 
 
 async def test_a_retry_renders_the_prompt_of_the_first_attempt(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    store = SqlVideoStore(f"sqlite:///{tmp_path / 'videos.db'}", max_attempts=3)
-    settings = AttemptSettings(tmp_path / "videos", lease_seconds=30, retention_seconds=60, max_attempts=3)
-    settings.videos_dir.mkdir()
+    store = SqlVideoStore(Database.open(f"sqlite:///{tmp_path / 'videos.db'}"), max_attempts=3)
+    artifacts = Artifacts(tmp_path)
+    settings = AttemptSettings(lease_seconds=30, max_attempts=3)
     spec = make_spec(tiny_bundle.manifest, "a ball", seconds=1, seed=7, num_inference_steps=1, rewrite_prompt=True)
     await store.create(Video(new_video_id(), "tiny", spec.prompt, "1", "128x128", asdict(spec)))
     fickle = Fickle()
@@ -181,7 +183,7 @@ async def test_a_retry_renders_the_prompt_of_the_first_attempt(tiny_bundle: Bund
             video = await store.claim("runner", 30)
             assert video is not None
             stages = Stages(pipeline.text_encoder, denoiser, pipeline.decoder, rewriter=fickle)
-            await asyncio.wait_for(Attempt(video, stages, store, settings).run(), 120)
+            await asyncio.wait_for(Attempt(video, stages, store, artifacts, settings).run(), 120)
     done = await store.get(video.id)
     assert done is not None
     assert (done.status, done.attempt, fickle.times) == (VideoStatus.COMPLETED, 2, 1)
