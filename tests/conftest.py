@@ -41,6 +41,34 @@ def tiny_causal_bundle(request: pytest.FixtureRequest) -> Bundle:
     return _exported(request, "tiny_causal_checkpoint")
 
 
+@pytest.fixture(scope="session")
+def tiny_experts_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_checkpoint
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-experts"
+    build_tiny_checkpoint(path, experts=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_experts_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_experts_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_ltx
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-ltx"
+    build_tiny_ltx(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_ltx_checkpoint")
+
+
 def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
     """Exported once for each state of the exporter: pytest's cache keeps it, since tracing takes most of a minute."""
     path = request.config.cache.mkdir(f"{checkpoint}-bundle") / _state_of_the_exporter()  # type: ignore[union-attr]
@@ -54,14 +82,13 @@ def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test that needs a bundle waits for its export, which takes minutes on a busy machine."""
     for item in items:
-        if {"tiny_bundle", "tiny_causal_bundle"} & set(getattr(item, "fixturenames", ())):
+        if any(name.startswith("tiny_") and name.endswith("bundle") for name in getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
 
 
 def _state_of_the_exporter() -> str:
     digest = hashlib.sha256()
-    models = ("wan.py", "wan_causal.py", "window.py", "bundle.py", "samplers.py")
-    sources = [*sorted((ROOT / "export").glob("*.py")), *(ROOT / "models" / name for name in models)]
+    sources = [path for folder in ("export", "models") for path in sorted((ROOT / folder).glob("*.py"))]
     for path in [*sources, ROOT / "tests" / "tiny.py"]:
         digest.update(path.read_bytes())
     for library in ("torch", "diffusers", "transformers", "onnx"):

@@ -17,11 +17,12 @@ from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM, tiny_vae
 from tokenizers import Tokenizer
 
 from export import checkpoint as export_checkpoint_module
-from export import graphs, parity
+from export import parity
 from export.checkpoint import export_checkpoint
-from export.onnx import ExportError, Graph, WeightFile, export_graph, leaks
-from export.settings import CheckpointSettings
+from export.onnx import ExportError, WeightFile, export_graph, leaks
+from models import wan_graphs
 from models.bundle import Bundle
+from models.graph import Graph
 from models.wan import DecoderFirst, DecoderNext, WanCheckpoint
 
 # Exporting takes most of a minute of a free core, and this machine may be busy.
@@ -54,10 +55,18 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
     manifest = tiny_bundle.manifest
     assert (manifest.name, manifest.fps, manifest.chunk_latent_frames) == ("tiny", 16, 3)
     assert (manifest.text.max_tokens, manifest.text.dim) == (MAX_TOKENS, TEXT_DIM)
-    assert manifest.latent.model_dump() == {"channels": CHANNELS, "spatial": 16, "temporal": 4, "patch": 2}
+    assert manifest.latent.model_dump() == {
+        "channels": CHANNELS,
+        "spatial": 16,
+        "temporal": 4,
+        "patch": 2,
+        "streaming": "exact",
+    }
     assert manifest.sampler.model_dump() == {
         "name": "unipc",
         "shift": 3.0,
+        "token_shift": None,
+        "terminal": None,
         "num_train_timesteps": 1000,
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
@@ -66,8 +75,11 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
     for graph in manifest.graphs.values():
         assert set(graph.parity) >= {tensor.name for tensor in graph.outputs}
         assert all(error <= TOLERANCE for name, error in graph.parity.items() if name != "frames")
-        assert len(graph.verified_shapes) >= 4
+        assert len(graph.verified_shapes) >= 5
     assert 0 <= manifest.graphs["decoder_next"].parity["streaming"] <= TOLERANCE
+    assert manifest.proof is not None
+    assert (manifest.proof.reference, manifest.proof.frames) == ("diffusers' pipeline", 13)
+    assert manifest.proof.psnr_db >= 45
 
 
 def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
@@ -169,11 +181,11 @@ def wan21(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> tu
     torch.manual_seed(1)
     parts = WanCheckpoint.load(tiny_checkpoint)
     parts = WanCheckpoint(parts.text_encoder, parts.transformer, tiny_vae(False), parts.scheduler, parts.tokenizer)
-    geometry = graphs.Geometry.probe(parts)
+    geometry = wan_graphs.Geometry.probe(parts)
     assert (geometry.spatial, geometry.temporal) == (2, 2)
     folder = tmp_path_factory.mktemp("wan21")
     weights = WeightFile(folder / "decoder.weights")
-    specs = graphs.decoders(parts, geometry)
+    specs = wan_graphs.decoders(parts, geometry, (5, 3))
     for graph in specs:
         export_graph(graph, weights)
     opened = [parity.open_session(folder / graph.file, threads=1) for graph in specs]
@@ -301,8 +313,8 @@ def test_no_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "CogVideoXPipeline"}, "only WanPipeline"),
-        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+        ({"_class_name": "MochiPipeline"}, "holds a MochiPipeline, but only WanPipeline, LTXPipeline"),
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers, so `boundary_ratio`"),
         ({"text_encoder": ["transformers", "BertModel"]}, "text encoder BertModel"),
     ],
 )
@@ -323,17 +335,6 @@ def test_settings_are_read_strictly(broken: Path, folder: Path) -> None:
     assert "`sampler.stepz`" in refusal(broken, folder)
 
 
-def test_settings_by_default(tmp_path: Path) -> None:
-    path = tmp_path / "My Model_v1"
-    path.mkdir()
-    settings = CheckpointSettings.load(path)
-    assert settings.name == "my-model_v1"
-    sampler = settings.sampler_info({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0})
-    assert (sampler.name, sampler.shift) == ("euler", 5.0)
-    with pytest.raises(ExportError, match="DDIMScheduler"):
-        settings.sampler_info({"_class_name": "DDIMScheduler"})
-
-
 def test_a_place_that_holds_something_else_is_left_alone(tiny_checkpoint: Path, folder: Path) -> None:
     (folder / "bundle").mkdir()
     (folder / "bundle" / "thesis.txt").write_text("my only copy")
@@ -343,8 +344,8 @@ def test_a_place_that_holds_something_else_is_left_alone(tiny_checkpoint: Path, 
 
 def test_a_graph_that_differs_from_torch_is_found(tiny_checkpoint: Path, sessions: dict[str, Any]) -> None:
     parts = WanCheckpoint.load(tiny_checkpoint)
-    graph = graphs.text_encoder(parts, MAX_TOKENS)
-    assert max(parity.graph_errors(graph, sessions["text_encoder"]).values()) <= TOLERANCE
+    graph = wan_graphs.text_encoder(parts, MAX_TOKENS)
+    assert max(parity.graph_errors(graph, sessions["text_encoder"]).largest.values()) <= TOLERANCE
     with torch.no_grad():
         parts.text_encoder.encoder.final_layer_norm.weight[0] *= 1.001
     with pytest.raises(ExportError, match="text_encoder's hidden_states is off by"):
