@@ -21,7 +21,7 @@ from export import parity
 from export.checkpoint import export_checkpoint
 from export.onnx import ExportError, WeightFile, export_graph, leaks
 from models import wan_graphs
-from models.bundle import Bundle
+from models.bundle import Bundle, GraphName
 from models.graph import Graph
 from models.wan import DecoderFirst, DecoderNext, WanCheckpoint
 
@@ -176,22 +176,13 @@ def test_frames_are_the_pixels_rounded(sessions: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def wan21(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> tuple[Any, Any, Any]:
+def wan21(tiny_experts_bundle: Bundle, tiny_experts_checkpoint: Path) -> tuple[Any, Any, Any]:
     """The decoder of a Wan 2.1-style VAE (no shortcuts, no patches): its VAE and its two sessions."""
-    torch.manual_seed(1)
-    parts = WanCheckpoint.load(tiny_checkpoint)
-    parts = WanCheckpoint(parts.text_encoder, parts.transformer, tiny_vae(False), parts.scheduler, parts.tokenizer)
-    geometry = wan_graphs.Geometry.probe(parts)
-    assert (geometry.spatial, geometry.temporal) == (2, 2)
-    folder = tmp_path_factory.mktemp("wan21")
-    weights = WeightFile(folder / "decoder.weights")
-    specs = wan_graphs.decoders(parts, geometry, (5, 3))
-    for graph in specs:
-        export_graph(graph, weights)
-    opened = [parity.open_session(folder / graph.file, threads=1) for graph in specs]
-    for graph, session in zip(specs, opened, strict=True):
-        parity.graph_errors(graph, session)
-    return parts.vae, *opened
+    names: tuple[GraphName, ...] = ("decoder_first", "decoder_next")
+    opened = [parity.open_session(tiny_experts_bundle.path_of(name), threads=1) for name in names]
+    vae = WanCheckpoint.load(tiny_experts_checkpoint).vae
+    assert (vae.config.is_residual, vae.config.patch_size) == (False, None)
+    return vae, *opened
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 9])
