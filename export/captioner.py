@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.export import Dim
 
-from export.graphs import MOST, Geometry
-from export.onnx import ExportError, Feeds, Graph
+from export.onnx import ExportError
 from export.parity import TOLERANCE
 from export.words import word_decoder
-from models.bundle import CaptionerInfo
+from models.bundle import CaptionerInfo, LatentInfo
+from models.graph import MOST, Feeds, Graph
 from models.wan import WanCheckpoint
 from models.wan_encoder import GROUP, EncoderFirst, EncoderNext
 
@@ -24,7 +24,7 @@ LENGTHS = (1, 5, 17)
 SIZES = ((1, 4, 6), (2, 3, 2))
 
 
-def captioner(checkpoint: Path, geometry: Geometry) -> tuple[CaptionerInfo, tuple[Graph, Graph]] | None:
+def captioner(checkpoint: Path, latent: LatentInfo) -> tuple[CaptionerInfo, tuple[Graph, Graph]] | None:
     """The manifest's section and both graphs, or None. Raises `ExportError` for a folder that can't be read."""
     folder = checkpoint / CAPTIONER
     if not folder.is_dir():
@@ -38,13 +38,13 @@ def captioner(checkpoint: Path, geometry: Geometry) -> tuple[CaptionerInfo, tupl
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ExportError(f"{folder} can't be read: {error}") from error
     config = module.config
-    if config["channels"] != geometry.channels:
-        raise ExportError(f"The captioner reads {config['channels']} latent channels, the VAE has {geometry.channels}.")
+    if config["channels"] != latent.channels:
+        raise ExportError(f"The captioner reads {config['channels']} latent channels, the VAE has {latent.channels}.")
     most: int = config["max_frames"]
     random = torch.Generator().manual_seed(7)
 
     def feeds(batch: int, frames: int, rows: int, columns: int) -> Feeds:
-        shape = (batch, geometry.channels, frames, rows * PATCH, columns * PATCH)
+        shape = (batch, latent.channels, frames, rows * PATCH, columns * PATCH)
         return {"latents": torch.randn(shape, generator=random)}
 
     side = {3: PATCH * Dim("rows", min=1, max=64), 4: PATCH * Dim("columns", min=1, max=64)}
@@ -61,10 +61,10 @@ def captioner(checkpoint: Path, geometry: Geometry) -> tuple[CaptionerInfo, tupl
     return info, (encoder, word_decoder("captioner_decoder", module.decoder, config["width"], MOST))
 
 
-def encoders(checkpoint: WanCheckpoint, geometry: Geometry) -> tuple[Graph, Graph]:
+def encoders(checkpoint: WanCheckpoint, latent: LatentInfo) -> tuple[Graph, Graph]:
     """`encoder_first` and `encoder_next`, which share one weight file."""
     random = torch.Generator().manual_seed(8)
-    spatial = geometry.spatial
+    spatial = latent.spatial
     first_module, next_module = EncoderFirst(checkpoint.vae), EncoderNext(checkpoint.vae)
 
     def frames(batch: int, count: int, height: int, width: int) -> torch.Tensor:
@@ -118,7 +118,7 @@ def encoders(checkpoint: WanCheckpoint, geometry: Geometry) -> tuple[Graph, Grap
     return first, following
 
 
-def encoding_error(checkpoint: WanCheckpoint, first: Any, following: Any, geometry: Geometry) -> float:
+def encoding_error(checkpoint: WanCheckpoint, first: Any, following: Any, latent: LatentInfo) -> float:
     """The largest absolute error of streamed encoding against `vae.encode` of the whole. Raises `ExportError`."""
     vae = checkpoint.vae
     mean, std = (
@@ -128,7 +128,7 @@ def encoding_error(checkpoint: WanCheckpoint, first: Any, following: Any, geomet
     worst = 0.0
     for length in LENGTHS:
         for batch, height, width in SIZES:
-            shape = (batch, length, height * geometry.spatial, width * geometry.spatial, 3)
+            shape = (batch, length, height * latent.spatial, width * latent.spatial, 3)
             frames = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
             with torch.no_grad():
                 pixels = frames.float().permute(0, 4, 1, 2, 3) / 127.5 - 1

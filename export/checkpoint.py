@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 
-from export import captioner, graphs, parity, words
-from export.onnx import OPSET, ExportError, Graph, WeightFile, export_graph
+from export import captioner, parity
+from export.onnx import OPSET, ExportError, WeightFile, export_graph
+from export.proof import prove
 from export.settings import CheckpointSettings
+from export.small_models import SmallModels
 from models.bundle import (
     MANIFEST,
     Bundle,
@@ -19,12 +22,13 @@ from models.bundle import (
     FileInfo,
     GraphInfo,
     GraphName,
-    LatentInfo,
     Manifest,
     TextInfo,
     sha256_of,
 )
-from models.wan import UnsupportedCheckpointError, WanCheckpoint
+from models.families import Family, Plan, UnsupportedCheckpointError, open_checkpoint
+from models.graph import Graph
+from models.wan_graphs import WanFamily
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 TOKENIZER = "tokenizer.json"
@@ -32,8 +36,14 @@ TOKENIZER = "tokenizer.json"
 Progress = Callable[[str], None]
 
 
-def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Progress = lambda line: None) -> Bundle:
-    """Export a `WanPipeline` directory, verify every graph against torch, and put the bundle at `output`.
+def export_checkpoint(
+    checkpoint: Path | str,
+    output: Path | str,
+    progress: Progress = lambda line: None,
+    *,
+    verify: bool = True,
+) -> Bundle:
+    """Export a diffusers directory, prove the bundle equal to it unless told not to, and put it at `output`.
 
     A bundle that is already there is replaced. `progress` gets one line a step. Raises `ExportError`; then `output` is
     as it was before: the work happens in a sibling directory that is renamed at the end.
@@ -42,15 +52,18 @@ def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Prog
     if output.exists() and not (output / MANIFEST).is_file() and not _is_empty(output):
         raise ExportError(f"{output} exists and is no bundle: choose another place.")
     settings = CheckpointSettings.load(checkpoint)
+    plan = settings.plan(checkpoint)
     progress(f"Loading {checkpoint}")
     try:
-        parts = WanCheckpoint.load(checkpoint)
+        family = open_checkpoint(checkpoint, plan)
+        graphs = family.graphs(plan)
     except (UnsupportedCheckpointError, OSError) as error:
         raise ExportError(str(error)) from error
+    extras = SmallModels.of(checkpoint, family)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        _write(checkpoint, parts, settings, folder, progress)
+        _write(family, graphs, extras, settings, plan, folder, progress, verify)
         folder.chmod(0o755)
         _replace(folder, output)
     except BaseException:
@@ -60,101 +73,100 @@ def export_checkpoint(checkpoint: Path | str, output: Path | str, progress: Prog
 
 
 def _write(
-    checkpoint: Path, parts: WanCheckpoint, settings: CheckpointSettings, folder: Path, progress: Progress
+    family: Family,
+    graphs: Sequence[Graph],
+    extras: SmallModels,
+    settings: CheckpointSettings,
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    verify: bool,
 ) -> None:
-    geometry = graphs.Geometry.probe(parts)
-    if int(parts.transformer.config.in_channels) != geometry.channels:
-        raise ExportError("The denoiser and the VAE differ in their latent channels: no text-to-video.")
-    rewriter, captions = words.rewriter(checkpoint), captioner.captioner(checkpoint, geometry)
-    window = settings.window
-    specs = (
-        graphs.text_encoder(parts, settings.max_tokens),
-        graphs.causal_denoiser(parts, settings.max_tokens, window)
-        if window
-        else graphs.denoiser(parts, settings.max_tokens),
-        *graphs.decoders(parts, geometry),
-        *(rewriter[1] if rewriter else ()),
-        *((*captions[1], *captioner.encoders(parts, geometry)) if captions else ()),
-    )
     weights: dict[str, WeightFile] = {}
     infos: dict[GraphName, GraphInfo] = {}
-    for graph in specs:
+    for graph in (*graphs, *extras.graphs):
         file = weights.setdefault(graph.weights, WeightFile(folder / graph.weights))
-        infos[graph.name] = _graph(graph, file, folder, progress)
-    progress("Comparing streamed decoding with decoding in one go")
-    first, following = (parity.open_session(folder / infos[name].file) for name in ("decoder_first", "decoder_next"))
-    streaming = parity.streaming_error(parts, first, following)
-    following_info = infos["decoder_next"]
-    infos["decoder_next"] = following_info.model_copy(
-        update={"parity": following_info.parity | {"streaming": streaming}}
-    )
-    progress(f"Streamed decoding agrees within {streaming:.1e}")
-    if captions:
-        progress("Comparing streamed encoding with encoding in one go")
-        first, following = (
-            parity.open_session(folder / infos[name].file) for name in ("encoder_first", "encoder_next")
+        infos[graph.name] = _graph(graph, file, folder, progress, verify)
+    if verify:
+        infos["decoder_next"] = _streaming(family, infos["decoder_next"], plan, folder, progress)
+        if extras.captioner:
+            infos["encoder_next"] = _encoding(family, infos["encoder_next"], folder, progress)
+    _copy_tokenizer(family.tokenizer, folder / TOKENIZER)
+    causal = None
+    if plan.window is not None:
+        layers, dim = family.cache_size()
+        causal = CausalInfo(
+            sink_chunks=plan.window.sink_chunks,
+            window_chunks=plan.window.window_chunks,
+            positions=plan.positions,
+            layers=layers,
+            dim=dim,
         )
-        error = captioner.encoding_error(parts, first, following, geometry)
-        following_info = infos["encoder_next"]
-        infos["encoder_next"] = following_info.model_copy(
-            update={"parity": following_info.parity | {"streaming": error}}
-        )
-    _copy_tokenizer(parts.tokenizer, folder / TOKENIZER)
-
-    config = parts.transformer.config
-    causal = (
-        CausalInfo(
-            sink_chunks=window.sink_chunks,
-            window_chunks=window.window_chunks,
-            layers=int(config.num_layers),
-            dim=int(config.num_attention_heads * config.attention_head_dim),
-        )
-        if window
-        else None
-    )
     manifest = Manifest(
         name=str(settings.name),
-        family="wan",
+        family=family.name,
         rollout=settings.rollout,
         fps=settings.fps,
         chunk_latent_frames=settings.chunk_latent_frames,
         causal=causal,
-        text=TextInfo(tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=int(config.text_dim)),
-        latent=LatentInfo(
-            channels=geometry.channels,
-            spatial=geometry.spatial,
-            temporal=geometry.temporal,
-            patch=int(config.patch_size[1]),
-        ),
-        sampler=settings.sampler_info(parts.scheduler),
+        experts=family.experts,
+        text=TextInfo(tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=family.text_dim),
+        latent=family.latent,
+        sampler=settings.sampler_info(family.scheduler),
         limits=settings.limits,
-        rewriter=rewriter[0] if rewriter else None,
-        captioner=captions[0] if captions else None,
+        rewriter=extras.rewriter,
+        captioner=extras.captioner,
         graphs=infos,
         files={
             path.name: FileInfo(sha256=sha256_of(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())
         },
         versions={name: version(name) for name in LIBRARIES} | {"opset": str(OPSET)},
     )
+    if verify:
+        progress("Comparing a whole video")
+        manifest = manifest.model_copy(update={"proof": prove(family, graphs, manifest, folder)})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
-def _graph(graph: Graph, weights: WeightFile, folder: Path, progress: Progress) -> GraphInfo:
+def _graph(graph: Graph, weights: WeightFile, folder: Path, progress: Progress, verify: bool) -> GraphInfo:
     progress(f"Exporting {graph.name}")
+    start = time.perf_counter()
     inputs, outputs = export_graph(graph, weights)
-    errors = parity.graph_errors(graph, parity.open_session(folder / graph.file))
-    floats = max(error for name, error in errors.items() if name != "frames")
-    progress(f"{graph.name} agrees with torch within {floats:.1e}")
-    return GraphInfo(
-        file=graph.file,
-        inputs=inputs,
-        outputs=outputs,
-        parity=errors,
-        verified_shapes=tuple(
+    info = GraphInfo(file=graph.file, inputs=inputs, outputs=outputs)
+    if verify:
+        errors = parity.graph_errors(graph, parity.open_session(folder / graph.file))
+        floats = max(error for name, error in errors.largest.items() if name != "frames")
+        progress(f"{graph.name} agrees with torch within {floats:.1e}")
+        shapes = tuple(
             {name: tuple(value.shape) for name, value in feeds.items() if not name.startswith("cache")}
             for feeds in (graph.example, *graph.cases)
-        ),
+        )
+        info = info.model_copy(update={"parity": errors.largest, "mean_error": errors.mean, "verified_shapes": shapes})
+    return info.model_copy(update={"seconds": round(time.perf_counter() - start, 2)})
+
+
+def _streaming(family: Family, info: GraphInfo, plan: Plan, folder: Path, progress: Progress) -> GraphInfo:
+    """The decoder's proof, with what chunk by chunk is against one go."""
+    progress("Comparing streamed decoding with decoding in one go")
+    first, following = (parity.open_session(folder / f"decoder_{name}.onnx") for name in ("first", "next"))
+    if family.latent.streaming == "exact":
+        error = parity.streaming_error(family, first, following)
+        progress(f"Streamed decoding agrees within {error:.1e}")
+        return info.model_copy(update={"parity": info.parity | {"streaming": error}})
+    largest, mean = parity.seam_error(family, first, following, plan.chunk_latent_frames)
+    progress(f"Decoding chunk by chunk is off by {largest:.2g} at most, {mean:.2g} on average")
+    return info.model_copy(
+        update={"parity": info.parity | {"seam": largest}, "mean_error": info.mean_error | {"seam": mean}}
     )
+
+
+def _encoding(family: Family, info: GraphInfo, folder: Path, progress: Progress) -> GraphInfo:
+    """The encoder's proof, with what streamed encoding is against one go."""
+    assert isinstance(family, WanFamily)  # or there would be no such graph
+    progress("Comparing streamed encoding with encoding in one go")
+    first, following = (parity.open_session(folder / f"encoder_{name}.onnx") for name in ("first", "next"))
+    error = captioner.encoding_error(family.checkpoint, first, following, family.latent)
+    return info.model_copy(update={"parity": info.parity | {"streaming": error}})
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -7,8 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
 
-from models.bundle import GraphName, TensorInfo
+from models.bundle import TensorInfo
+from models.graph import Graph
 
 # Opset 23's Attention is no faster in ONNX Runtime, and TensorRT-RTX refuses it in fp32.
 OPSET = 20
@@ -28,39 +27,9 @@ EXTERNAL_BYTES = 1024
 # ONNX Runtime maps an initialiser straight from the file when it starts on a page.
 ALIGNMENT = 4096
 
-Feeds = dict[str, Tensor]
-
 
 class ExportError(RuntimeError):
     """The checkpoint can't be made into a bundle; nothing was written."""
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A module to be exported.
-
-    `example` has every dynamic dimension at two or more: torch takes a size of 1 for a constant, silently. `cases` are
-    other shapes, with batch 1 and odd sizes, at which the file is run against the module.
-    """
-
-    name: GraphName
-    module: nn.Module
-    example: Feeds
-    outputs: tuple[str, ...]
-    dynamic_shapes: dict[str, Any]
-    weights: str
-    cases: tuple[Feeds, ...]
-    exportable: AbstractContextManager[None] = field(default_factory=nullcontext)
-
-    @property
-    def file(self) -> str:
-        return f"{self.name}.onnx"
-
-    def reference(self, feeds: Feeds) -> dict[str, Tensor]:
-        """What the module gives in torch."""
-        with torch.no_grad():
-            out = self.module(*feeds.values())
-        return dict(zip(self.outputs, out if isinstance(out, tuple) else (out,), strict=True))
 
 
 class WeightFile:

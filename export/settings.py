@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from export.onnx import ExportError
-from models.bundle import LimitsInfo, SamplerInfo
+from models.bundle import LimitsInfo, Positions, SamplerInfo, TokenShift
+from models.families import Defaults, Plan, defaults_of
 from models.samplers import SamplerName
 from models.window import ContextWindow
 
@@ -32,16 +34,22 @@ class SamplerSettings(BaseModel):
 
 
 class CausalSettings(BaseModel):
-    """What a causal model was trained to remember, in chunks."""
+    """What a causal model was trained to remember, in chunks, and where its weights are.
+
+    `weights` is a file beside `rushes.json` in the layout of Self-Forcing, CausVid or LongLive (or of diffusers), whose
+    weights take the place of the transformer's. With sinks, these projects count `positions` as `absolute`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    sink_chunks: PositiveInt = 1
+    sink_chunks: NonNegativeInt = 1
     window_chunks: PositiveInt = 3
+    positions: Positions = "window"
+    weights: str | None = None
 
 
 class CheckpointSettings(BaseModel):
-    """`rushes.json`; every key may be left out."""
+    """`rushes.json`; every key may be left out. A family has defaults of its own, see `models.families`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,6 +71,29 @@ class CheckpointSettings(BaseModel):
             return None
         return ContextWindow(self.chunk_latent_frames, self.causal.sink_chunks, self.causal.window_chunks)
 
+    def plan(self, checkpoint: Path) -> Plan:
+        """How the checkpoint is going to be served."""
+        causal = self.causal if self.window else CausalSettings()
+        return Plan(
+            max_tokens=self.max_tokens,
+            fps=self.fps,
+            chunk_latent_frames=self.chunk_latent_frames,
+            limits=self.limits,
+            window=self.window,
+            positions=causal.positions,
+            weights=checkpoint / causal.weights if causal.weights else None,
+        )
+
+    def _completed(self, defaults: Defaults | None) -> CheckpointSettings:
+        """With the family's defaults for what the file leaves out."""
+        if defaults is None:
+            return self
+        known = {field.name: getattr(defaults, field.name) for field in fields(defaults)}
+        sampler = {name: known.pop(name) for name in ("num_inference_steps", "guidance_scale")}
+        chosen = {name: value for name, value in sampler.items() if name not in self.sampler.model_fields_set}
+        mine = {name: value for name, value in known.items() if name not in self.model_fields_set}
+        return self.model_copy(update=mine | {"sampler": self.sampler.model_copy(update=chosen)})
+
     @classmethod
     def load(cls, checkpoint: Path) -> CheckpointSettings:
         """Read the file if it is there. Raises `ExportError`."""
@@ -72,6 +103,7 @@ class CheckpointSettings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ExportError(f"{path} is wrong at `{'.'.join(map(str, first['loc']))}`: {first['msg']}.") from error
+        settings = settings._completed(defaults_of(checkpoint))
         name = settings.name or re.sub(r"[^a-z0-9._-]+", "-", checkpoint.resolve().name.lower()).strip("-._")
         return settings.model_copy(update={"name": name or "model"})
 
@@ -84,9 +116,20 @@ class CheckpointSettings(BaseModel):
             raise ExportError(
                 f"The scheduler {kind} is unknown: give `sampler.name` and `sampler.shift` in {SETTINGS}."
             )
+        dynamic = name == "euler" and bool(scheduler.get("use_dynamic_shifting")) and self.sampler.shift is None
+        names = {
+            "base_tokens": "base_image_seq_len",
+            "max_tokens": "max_image_seq_len",
+            "base_shift": "base_shift",
+            "max_shift": "max_shift",
+        }
         return SamplerInfo(
             name=name,
             shift=shift,
+            token_shift=TokenShift(**{key: scheduler[value] for key, value in names.items() if value in scheduler})
+            if dynamic
+            else None,
+            terminal=scheduler.get("shift_terminal") if name == "euler" else None,
             num_train_timesteps=scheduler.get("num_train_timesteps", 1000),
             num_inference_steps=self.sampler.num_inference_steps,
             guidance_scale=self.sampler.guidance_scale,

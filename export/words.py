@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.export import Dim
 
-from export.onnx import ExportError, Feeds, Graph
+from export.onnx import ExportError
 from models.bundle import GraphName, RewriterInfo
+from models.graph import Feeds, Graph
 from models.spelling import MAX_NGRAMS
 
 if TYPE_CHECKING:

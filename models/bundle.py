@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from models.samplers import SamplerName
+from models.samplers import SamplerName, SamplerTable, build_table
 from models.window import ContextWindow
 
 FORMAT: Final = 1
 MANIFEST = "bundle.json"
 
+FamilyName = Literal["wan", "ltx"]
+Positions = Literal["window", "absolute"]
 GraphName = Literal[
     "text_encoder",
     "denoiser",
+    "denoiser_2",
     "decoder_first",
     "decoder_next",
     "rewriter_encoder",
@@ -33,6 +45,7 @@ GraphName = Literal[
 ]
 # Graphs that a bundle has with a section of the manifest, and without it has not.
 OPTIONAL_GRAPHS: Final[dict[str, str]] = {
+    "denoiser_2": "experts",
     "rewriter_encoder": "rewriter",
     "rewriter_decoder": "rewriter",
     "captioner_encoder": "captioner",
@@ -40,6 +53,17 @@ OPTIONAL_GRAPHS: Final[dict[str, str]] = {
     "encoder_first": "captioner",
     "encoder_next": "captioner",
 }
+
+
+# Those whose tensors every model has in common.
+SERVED_GRAPHS: Final[tuple[GraphName, ...]] = (
+    "text_encoder",
+    "denoiser",
+    "denoiser_2",
+    "decoder_first",
+    "decoder_next",
+)
+LONGEST_LINE = 600
 
 
 class _Strict(BaseModel):
@@ -62,12 +86,14 @@ class TensorInfo(_Strict):
 
 
 class GraphInfo(_Strict):
-    """One ONNX graph; `parity` is its largest absolute error against torch per output, over `verified_shapes`."""
+    """One ONNX graph and its proof: the errors of each output against torch, over all `verified_shapes`."""
 
     file: str = Field(description="The ONNX file; its weights may lie in an external data file beside it.")
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    parity: dict[str, float] = {}
+    parity: dict[str, float] = Field(default={}, description="Largest absolute error by output; none: not verified.")
+    mean_error: dict[str, float] = Field(default={}, description="Mean absolute error by output.")
+    seconds: float | None = Field(default=None, ge=0, description="How long exporting and verifying it took.")
     verified_shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
 
 
@@ -111,6 +137,12 @@ class LatentInfo(_Strict):
     spatial: PositiveInt = Field(description="Pixels per latent cell, both ways.")
     temporal: PositiveInt = Field(description="Video frames per latent frame after the first.")
     patch: PositiveInt = Field(description="The denoiser needs latent height and width to be multiples of this.")
+    streaming: Literal["exact", "overlapped"] = Field(
+        default="exact",
+        description="`exact`: the VAE is causal, `decoder_first` takes one latent frame, and decoding chunk by chunk "
+        "is decoding in one go. `overlapped`: it isn't, `decoder_first` takes the whole first chunk, and each later "
+        "one is decoded behind latents before it; what that costs at the seams is `parity.seam` of `decoder_next`.",
+    )
 
 
 class CausalInfo(_Strict):
@@ -123,10 +155,31 @@ class CausalInfo(_Strict):
     and on finished latents (the clean-context pass) that is what belongs into the cache.
     """
 
-    sink_chunks: PositiveInt = 1
+    sink_chunks: NonNegativeInt = 1
     window_chunks: PositiveInt = 3
+    positions: Positions = Field(default="window", description="Where RoPE puts the sinks; see `models.wan_causal`.")
     layers: PositiveInt
     dim: PositiveInt
+
+
+class ExpertsInfo(_Strict):
+    """Two denoisers for two ranges of noise (Wan 2.2 A14B): `denoiser_2` takes the timesteps below the boundary."""
+
+    boundary_timestep: float = Field(gt=0, lt=1000)
+
+
+class TokenShift(_Strict):
+    """A shift that grows with the video, `e^mu`, with mu linear in the number of latent tokens (LTX, Flux)."""
+
+    base_tokens: PositiveInt = 256
+    max_tokens: PositiveInt = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def at(self, tokens: int) -> float:
+        """The shift of a video with this many tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
 
 
 class SamplerInfo(_Strict):
@@ -134,9 +187,23 @@ class SamplerInfo(_Strict):
 
     name: SamplerName = "unipc"
     shift: float = Field(gt=0)
+    token_shift: TokenShift | None = Field(default=None, description="Takes the place of `shift` if it is there.")
+    terminal: float | None = Field(default=None, gt=0, lt=1, description="The schedule's last sigma before 0.")
     num_train_timesteps: PositiveInt = 1000
     num_inference_steps: PositiveInt = 20
     guidance_scale: float = Field(ge=1)
+
+    def table(self, steps: int, guidance_scale: float, tokens: int, name: SamplerName | None = None) -> SamplerTable:
+        """The table of one request whose latents are `tokens` cells; by another sampler if `name` says so."""
+        return build_table(
+            name or self.name,
+            steps,
+            shift=self.shift if self.token_shift is None else self.token_shift.at(tokens),
+            guidance_scale=guidance_scale,
+            num_train_timesteps=self.num_train_timesteps,
+            by_tokens=self.token_shift is not None,
+            terminal=self.terminal,
+        )
 
 
 class LimitsInfo(_Strict):
@@ -152,16 +219,29 @@ class LimitsInfo(_Strict):
     max_prompt_characters: PositiveInt = 4000
 
 
+class ProofInfo(_Strict):
+    """A whole video made with the bundle's graphs, against `reference` from the same noise and settings."""
+
+    reference: str = Field(description="What made the other video, such as diffusers' pipeline.")
+    size: tuple[PositiveInt, PositiveInt] = Field(description="width, height")
+    frames: PositiveInt
+    steps: PositiveInt
+    psnr_db: float = Field(description="Over all frames as uint8; equal ones count as 100.")
+    worst_frame_psnr_db: float
+    seconds: float = Field(ge=0)
+
+
 class Manifest(_Strict):
     """`bundle.json`."""
 
     format: Literal[1] = FORMAT
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    family: Literal["wan"]
+    family: FamilyName
     rollout: Literal["bidirectional", "causal"]
     fps: PositiveInt
     chunk_latent_frames: PositiveInt = Field(description="Latent frames in one decoded chunk.")
     causal: CausalInfo | None = Field(default=None, description="There if, and only if, the rollout is causal.")
+    experts: ExpertsInfo | None = Field(default=None, description="There if, and only if, there are two denoisers.")
     text: TextInfo
     latent: LatentInfo
     sampler: SamplerInfo
@@ -171,6 +251,7 @@ class Manifest(_Strict):
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
+    proof: ProofInfo | None = Field(default=None, description="None: exported without verification.")
 
     @property
     def window(self) -> ContextWindow:
@@ -178,6 +259,24 @@ class Manifest(_Strict):
         if self.causal is None:
             raise ValueError(f"{self.name} is {self.rollout}: it has no context window")
         return ContextWindow(self.chunk_latent_frames, self.causal.sink_chunks, self.causal.window_chunks)
+
+    @model_validator(mode="after")
+    def _graphs_fit_each_other(self) -> Self:
+        """What one graph makes and another takes, where the manifest's tensors say so."""
+        if "denoiser_2" in self.graphs and self.experts is None:
+            raise ValueError("a second denoiser needs `experts`")
+        widths = {
+            ("latents", 1): ("`latent.channels`", self.latent.channels),
+            ("encoder_hidden_states", -1): ("`text.dim`", self.text.dim),
+            ("hidden_states", -1): ("`text.dim`", self.text.dim),
+        }
+        for name, graph in self.graphs.items():
+            tensors = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+            for (tensor, axis), (what, width) in widths.items():
+                shape = tensors.get(tensor)
+                if name in SERVED_GRAPHS and shape is not None and (len(shape) < 2 or shape[axis] != width):
+                    raise ValueError(f"the {name}'s {tensor} {list(shape)} is not as {what} {width} says")
+        return self
 
     @model_validator(mode="after")
     def _cache_fits_the_graph(self) -> Self:
@@ -193,7 +292,14 @@ class Manifest(_Strict):
 
 
 class BundleError(ValueError):
-    """A bundle that can't be served. The message is one sentence: what is wrong, and what to do about it."""
+    """A bundle that can't be served. The message is one line: what is wrong, and what to do about it.
+
+    It may quote names from a manifest that anybody wrote, so what would break the line or fill the screen is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:300]} … {line[-200:]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +365,13 @@ class Bundle:
         """The path of a file of the bundle; a manifest from elsewhere must not reach other files of this machine."""
         path = self.root / name
         named = PurePosixPath(name)
-        if named.is_absolute() or ".." in named.parts or not path.resolve().is_relative_to(self.root.resolve()):
+        try:
+            outside = named.is_absolute() or ".." in named.parts
+            outside = outside or not path.resolve().is_relative_to(self.root.resolve())
+            path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long a name, links in a circle, a zero byte
+            raise BundleError(f"The bundle {self.root} names '{name}', which is no path: export it again.") from error
+        if outside:
             raise BundleError(f"The bundle {self.root} names '{name}', which lies outside: don't use this bundle.")
         return path
 
@@ -274,7 +386,7 @@ def _parse(root: Path, data: bytes) -> Manifest:
     where = root / MANIFEST
     try:
         raw = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} is not valid JSON ({error}): copy or export the bundle again.") from error
     if not isinstance(raw, dict):
         raise BundleError(f"{where} must hold a JSON object: export the bundle again.")
@@ -287,6 +399,8 @@ def _parse(root: Path, data: bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{where} is wrong at `{key}` ({first['msg']}): export the bundle again.") from error
+        at = f" at `{key}`" if key else ""
+        said = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{where} is wrong{at} ({said}): export the bundle again.") from error

@@ -62,14 +62,31 @@ class SamplerTable:
 
 
 def build_table(
-    name: SamplerName, steps: int, *, shift: float, guidance_scale: float = 1.0, num_train_timesteps: int = 1000
+    name: SamplerName,
+    steps: int,
+    *,
+    shift: float,
+    guidance_scale: float = 1.0,
+    num_train_timesteps: int = 1000,
+    by_tokens: bool = False,
+    terminal: float | None = None,
 ) -> SamplerTable:
-    """The table of one request; `guidance_scale` 1 leaves the unconditional column zero."""
+    """The table of one request; `guidance_scale` 1 leaves the unconditional column zero.
+
+    `by_tokens` says that `shift` was chosen for the video's size: Euler's schedule then is that of
+    `use_dynamic_shifting`, and may be stretched to end at `terminal` before 0. Both are for `euler` alone.
+    """
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
     noise = np.zeros(steps, np.float32)
     if name == "euler":
-        sigmas, timesteps = _euler_schedule(steps, shift, num_train_timesteps)
+        schedule = _dynamic_schedule if by_tokens else _euler_schedule
+        sigmas, timesteps = schedule(steps, shift, num_train_timesteps)
+        if terminal is not None and steps > 1:
+            # diffusers' stretch_shift_to_terminal; one step alone is at sigma 1 and can't be stretched.
+            kept = sigmas[:-1].astype(np.float32)
+            kept = 1 - (1 - kept) * np.float32((1 - terminal) / (1 - kept[-1]))
+            sigmas, timesteps = np.append(kept, 0).astype(np.float64), kept * np.float32(num_train_timesteps)
         velocity_maps = _euler_maps(sigmas)
     elif name == "renoise":
         sigmas, timesteps = _renoise_schedule(steps, shift, num_train_timesteps)
@@ -112,6 +129,12 @@ def _euler_schedule(steps: int, shift: float, train: int) -> tuple[Floats, NDArr
     ends = _shifted(np.array([train, 1], np.float32) / np.float32(train), shift)
     sigmas = _shifted(np.linspace(float(ends[0]) * train, float(ends[1]) * train, steps) / train, shift)
     sigmas = sigmas.astype(np.float32)
+    return np.append(sigmas, np.float32(0)).astype(np.float64), sigmas * np.float32(train)
+
+
+def _dynamic_schedule(steps: int, shift: float, train: int) -> tuple[Floats, NDArray[np.float32]]:
+    """As `LTXPipeline` and `FluxPipeline` ask for it: sigmas from 1 to 1/steps, shifted once."""
+    sigmas = _shifted(np.linspace(1, 1 / steps, steps), shift).astype(np.float32)
     return np.append(sigmas, np.float32(0)).astype(np.float64), sigmas * np.float32(train)
 
 

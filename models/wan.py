@@ -25,57 +25,65 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
+from models.families import UnsupportedCheckpointError, fast_tokenizer, read_index
+
 CACHE_FRAMES = 2
 TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
 
 
-class UnsupportedCheckpointError(ValueError):
-    """The directory is no checkpoint of this family, or of a kind that is not served."""
-
-
 @dataclass(frozen=True)
 class WanCheckpoint:
-    """The parts of a checkpoint, in fp32 on the CPU."""
+    """The parts of a checkpoint, in fp32 on the CPU.
+
+    With `transformer_2` (Wan 2.2 A14B), that one takes the timesteps below `boundary_ratio` of the training schedule.
+    """
 
     text_encoder: Any
     transformer: Any
     vae: Any
     scheduler: dict[str, Any]
     tokenizer: Path
+    transformer_2: Any | None = None
+    boundary_ratio: float | None = None
 
     @classmethod
     def load(cls, path: Path) -> WanCheckpoint:
         """Read a diffusers `WanPipeline` directory, part by part. Raises `UnsupportedCheckpointError`."""
-        try:
-            index = json.loads((path / "model_index.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UnsupportedCheckpointError(f"{path} has no readable model_index.json.") from error
+        index = read_index(path)
         if index.get("_class_name") != "WanPipeline":
             raise UnsupportedCheckpointError(
                 f"{path} holds a {index.get('_class_name')}, but only WanPipeline is supported."
             )
-        if any(index.get("transformer_2") or ()):
-            raise UnsupportedCheckpointError(f"{path} has two transformers (Wan 2.2 A14B), which is not supported.")
-        tokenizer = path / "tokenizer" / "tokenizer.json"
-        if not tokenizer.is_file():
-            raise UnsupportedCheckpointError(f"{path} has no tokenizer/tokenizer.json: save the fast tokenizer.")
+        experts, boundary = any(index.get("transformer_2") or ()), index.get("boundary_ratio")
+        if experts and not (isinstance(boundary, float) and 0 < boundary < 1):
+            raise UnsupportedCheckpointError(
+                f"{path} has two transformers, so `boundary_ratio` in model_index.json must say where they change, "
+                f"not {boundary}."
+            )
+        tokenizer = fast_tokenizer(path)
         kind = (index.get("text_encoder") or [None, None])[1]
         if kind not in TEXT_ENCODERS:
             raise UnsupportedCheckpointError(f"{path} has the text encoder {kind}: it must be one of {TEXT_ENCODERS}.")
         # Its progress bar would cut through ours.
         transformers.utils.logging.disable_progress_bar()
         local: dict[str, Any] = {"local_files_only": True}
-        transformer = WanTransformer3DModel.from_pretrained(path / "transformer", torch_dtype=torch.float32, **local)
-        if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
-            raise UnsupportedCheckpointError(f"{path} needs an image as input; only text-to-video is supported.")
+        transformers_there = [
+            WanTransformer3DModel.from_pretrained(path / name, torch_dtype=torch.float32, **local).eval()
+            for name in ("transformer", "transformer_2")[: 1 + experts]
+        ]
+        for transformer in transformers_there:
+            if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+                raise UnsupportedCheckpointError(f"{path} needs an image as input; only text-to-video is supported.")
         return cls(
             text_encoder=getattr(transformers, kind)
             .from_pretrained(path / "text_encoder", dtype=torch.float32, **local)
             .eval(),
-            transformer=transformer.eval(),
+            transformer=transformers_there[0],
             vae=AutoencoderKLWan.from_pretrained(path / "vae", torch_dtype=torch.float32, **local).eval(),
             scheduler=json.loads((path / "scheduler" / "scheduler_config.json").read_text()),
             tokenizer=tokenizer,
+            transformer_2=transformers_there[1] if experts else None,
+            boundary_ratio=boundary if experts else None,
         )
 
 

@@ -6,6 +6,11 @@ each chunk (Diffusion Forcing, arXiv 2407.01392), or with clean chunks behind no
 training. Neither has weights of its own, so a bidirectional checkpoint loads unchanged and is saved unchanged.
 
 Keys are cached before RoPE and rotated by their position in the window (see `models.window`) wherever they are used.
+Self-Forcing (arXiv 2506.08009), CausVid and LongLive cache them after RoPE, at positions from the video's start. RoPE
+only knows differences, so for all but the sinks this is the same. For them there are two rules: by `window` they
+stay as far away as they were when the first chunk left (StreamingLLM), by `absolute` they move away with the video's
+start, as in those projects. There is no third rule to need, and no position that grows without bound: the tables end
+at `rope_max_seq_len` latent frames, and sinks further back stay at that distance.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from models.wan import AttentionProcessor, UnsupportedCheckpointError, check_same_batch, rotate
+from models.bundle import Positions
+from models.families import UnsupportedCheckpointError
+from models.wan import AttentionProcessor, check_same_batch, rotate
 from models.window import ContextWindow
 
 Rotation = tuple[Tensor, Tensor]
@@ -30,7 +37,7 @@ SelfAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class _Causal(nn.Module):
     """What both views share: the walk over the transformer's blocks, with each chunk at its own noise level."""
 
-    def __init__(self, transformer: Any, window: ContextWindow) -> None:
+    def __init__(self, transformer: Any, window: ContextWindow, positions: Positions = "window") -> None:
         super().__init__()
         config = transformer.config
         if config.patch_size[0] != 1:
@@ -39,6 +46,7 @@ class _Causal(nn.Module):
             raise UnsupportedCheckpointError(f"The context window is longer than RoPE's {config.rope_max_seq_len}.")
         self.transformer = transformer
         self.window = window
+        self.positions = positions
         self.layers = int(config.num_layers)
         self.dim = int(config.num_attention_heads * config.attention_head_dim)
 
@@ -71,20 +79,27 @@ class _Causal(nn.Module):
         return velocity
 
     def rotation(self, frames: Tensor, rows: int, columns: int) -> Rotation:
-        """RoPE tables `[…, frames * rows * columns, 1, head_dim]` for temporal indices `[…, frames]`."""
-        rope = self.transformer.rope
+        """RoPE tables `[…, frames * rows * columns, 1, head_dim]` for temporal indices `[…, frames]`.
 
-        def table(frequencies: Tensor) -> Tensor:
+        Only absolute positions are ever negative: sinks that are further back than the window's start.
+        """
+        rope, signed = self.transformer.rope, self.positions == "absolute"
+        index = frames.abs().clamp(max=rope.max_seq_len - 1) if signed else frames
+
+        def table(frequencies: Tensor, odd: bool) -> Tensor:
             in_time, in_height, in_width = torch.split(frequencies, [rope.t_dim, rope.h_dim, rope.w_dim], dim=1)
             size = (*frames.shape, rows, columns, -1)
+            times = F.embedding(index, in_time)
+            if signed and odd:
+                times = times * frames.sign().unsqueeze(-1).to(times.dtype)
             parts = (
-                F.embedding(frames, in_time)[..., None, None, :].expand(size),
+                times[..., None, None, :].expand(size),
                 in_height[:rows, None].expand(size),
                 in_width[:columns].expand(size),
             )
             return torch.cat(parts, dim=-1).flatten(-4, -2).unsqueeze(-2)
 
-        return table(rope.freqs_cos), table(rope.freqs_sin)
+        return table(rope.freqs_cos, False), table(rope.freqs_sin, True)
 
 
 def _block(
@@ -198,7 +213,8 @@ class CausalDenoiser(_Causal):
         chunk = torch.where(slots < window.sink_chunks, slots, window.sink_chunks + latest - back)
         filled = (slots < written) & (chunk >= slots)
         gone = (written - window.capacity).clamp(min=0)
-        position = torch.where(slots < window.sink_chunks, slots, chunk - gone)
+        behind = gone if self.positions == "absolute" else torch.zeros_like(gone)
+        position = torch.where(slots < window.sink_chunks, slots - behind, chunk - gone)
         position = torch.where(filled, position, torch.zeros_like(position))
 
         within = torch.arange(window.chunk_frames, device=write_index.device)

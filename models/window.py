@@ -1,9 +1,10 @@
 """The context window of a causal model: which chunks it still remembers when it makes the next one, and where they lie.
 
-A video's first `sink_chunks` chunks are kept for good (attention rests on them: StreamingLLM, arXiv 2309.17453) and so
-are the last `window_chunks` before the current one. The cache has one slot for each, so what a chunk costs does not
-depend on how long the video already is. Slots behind the sinks are a ring. Positions are counted within the window, so
-they do not grow either: the remembered chunks in the order of their age are 0, 1, 2 …, and the current one is next.
+A video's first `sink_chunks` chunks, if any, are kept for good (attention rests on them: StreamingLLM, arXiv
+2309.17453) and so are the last `window_chunks` before the current one. The cache has one slot for each, so what a chunk
+costs does not depend on how long the video already is. Slots behind the sinks are a ring. Positions are counted within
+the window, so they do not grow either: the remembered chunks in the order of their age are 0, 1, 2 …, and the current
+one is next.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ class ContextWindow:
     window_chunks: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("chunk_frames", "sink_chunks", "window_chunks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("chunk_frames", 1), ("sink_chunks", 0), ("window_chunks", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     @property
     def capacity(self) -> int:

@@ -70,7 +70,7 @@ def _said_in_one_line() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    _console.print(f"[red]rushes:[/] {_plain(message)}", soft_wrap=True)
+    _console.print(f"[red]rushes:[/] {_plain(' '.join(message.split()))}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -135,6 +135,7 @@ def generate(
     with _said_in_one_line():
         _output_file(output)
         loaded = LoadedBundle.load(bundle)
+        loaded.verify()
         spec = make_spec(
             loaded.manifest,
             prompt,
@@ -179,6 +180,7 @@ def serve(
     bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
 ) -> None:
     """Run the service on this machine until Ctrl-C, which waits for the videos in hand."""
+    from models.bundle import Bundle as LoadedBundle
     from serving.foreground import serve_until_interrupted
 
     with _said_in_one_line():
@@ -187,7 +189,10 @@ def serve(
         values = settings.model_dump() | {key: value for key, value in given.items() if value is not None}
         if bundle is not None:
             values["models"] = _alone(bundle)
-        serve_until_interrupted(parse_config(values, "options"), _console)
+        checked = parse_config(values, "options")
+        for path in checked.models.values():
+            LoadedBundle.load(path).verify()
+        serve_until_interrupted(checked, _console)
 
 
 @database.command("upgrade")
@@ -308,18 +313,46 @@ def submit(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint, in WanPipeline's layout.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's directory, which must not exist.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint: WanPipeline's layout or LTXPipeline's.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The bundle's directory; a bundle that is there is replaced.")
+    ],
+    verify: Annotated[
+        bool,
+        typer.Option(help="Run every graph against torch at other shapes, and a whole video against diffusers."),
+    ] = True,
 ) -> None:
-    """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it."""
+    """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written."""
     try:
         from export.checkpoint import export_checkpoint
+        from export.onnx import ExportError
     except ImportError as error:
         _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
     with _said_in_one_line():
         with _console.status("exporting") as status:
-            export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)))
+            try:
+                export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)), verify=verify)
+            except ExportError as error:
+                _fail(str(error), BAD_INPUT)
         print(output)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.")],
+    json: Annotated[bool, typer.Option("--json", help="The manifest as JSON, for programs.")] = False,
+) -> None:
+    """Check a bundle's files, and say what it holds and how it was proven."""
+    from models.bundle import Bundle as LoadedBundle
+    from serving.inspection import describe
+
+    with _said_in_one_line():
+        loaded = LoadedBundle.load(bundle)
+        loaded.verify()
+        if json:
+            print(loaded.manifest.model_dump_json(indent=1, exclude_none=True))
+        else:
+            describe(loaded, Console(highlight=False))
 
 
 def _scene(text: str) -> dict[str, object]:

@@ -12,10 +12,6 @@ from postgres import Cluster, programs, running_cluster
 
 from models.bundle import MANIFEST, Bundle
 
-MODEL_SOURCES = (
-    *("wan.py", "wan_causal.py", "wan_encoder.py", "window.py", "samplers.py", "bundle.py", "spelling.py"),
-    *("mini/captioner.py", "mini/rewriter.py", "mini/words.py"),
-)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,6 +41,34 @@ def tiny_causal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_causal_bundle(request: pytest.FixtureRequest) -> Bundle:
     return _exported(request, "tiny_causal_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_experts_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_checkpoint
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-experts"
+    build_tiny_checkpoint(path, experts=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_experts_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_experts_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_ltx
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-ltx"
+    build_tiny_ltx(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_ltx_checkpoint")
 
 
 def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
@@ -78,13 +102,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test that needs a bundle waits for its export, which takes minutes on a busy machine."""
     for item in items:
-        if {"tiny_bundle", "tiny_causal_bundle"} & set(getattr(item, "fixturenames", ())):
+        if any(name.startswith("tiny_") and name.endswith("bundle") for name in getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
 
 
 def _state_of_the_exporter() -> str:
     digest = hashlib.sha256()
-    sources = [*sorted((ROOT / "export").glob("*.py")), *(ROOT / "models" / name for name in MODEL_SOURCES)]
+    sources = [path for folder in ("export", "models") for path in sorted((ROOT / folder).glob("*.py"))]
+    sources += [ROOT / "models" / "mini" / name for name in ("captioner.py", "rewriter.py", "words.py")]
     for path in [*sources, ROOT / "tests" / "tiny.py"]:
         digest.update(path.read_bytes())
     for library in ("torch", "diffusers", "transformers", "onnx"):

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from models.mini.captioner import Captioner
 from models.mini.rewriter import Rewriter
@@ -17,6 +26,8 @@ from models.mini.words import encode, vocabulary
 
 CHANNELS = 8
 TEXT_DIM = 16
+# Of 1000 timesteps: the first steps of four are above it, the last below.
+BOUNDARY_RATIO = 0.8
 MAX_TOKENS = 64
 # Loose prompts that the tiny rewriter knows, and what it makes of each by the video's seed, even or odd.
 REWRITTEN = {
@@ -37,7 +48,16 @@ CAPTIONED = {
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
     "max_tokens": MAX_TOKENS,
+    "fps": 16,
     "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0},
+    "limits": {
+        "default_size": [128, 128],
+        "min_side": 64,
+        "max_side": 256,
+        "size_multiple": 16,
+        "default_seconds": 2,
+        "max_seconds": 8,
+    },
 }
 CAUSAL_SETTINGS = {
     "name": "tiny-causal",
@@ -57,16 +77,20 @@ CAUSAL_SETTINGS = {
 }
 
 
-def build_tiny_checkpoint(path: Path, *, causal: bool = False) -> None:
-    """Write a `WanPipeline` directory with a `rushes.json`."""
+def build_tiny_checkpoint(path: Path, *, causal: bool = False, experts: bool = False) -> None:
+    """Write a `WanPipeline` directory with a `rushes.json`.
+
+    `experts`: as Wan 2.2 A14B, two transformers and Wan 2.1's VAE; else as TI2V-5B, one and Wan 2.2's VAE.
+    """
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=MAX_TOKENS
-        ),
+        tokenizer=wrapped(tokenizer),
         text_encoder=tiny_text_encoder(tokenizer.get_vocab_size()),
-        vae=tiny_vae(),
+        vae=tiny_vae(residual=not experts, smaller=8),
+        transformer_2=tiny_transformer() if experts else None,
+        boundary_ratio=BOUNDARY_RATIO if experts else None,
+        expand_timesteps=not experts,
         # Two layers where there is a cache, since each has its own part of it.
         transformer=tiny_transformer(layers=2 if causal else 1),
         scheduler=UniPCMultistepScheduler(
@@ -77,6 +101,72 @@ def build_tiny_checkpoint(path: Path, *, causal: bool = False) -> None:
     tiny_captioner().save(path / "captioner")
     settings = SETTINGS | (CAUSAL_SETTINGS if causal else {})
     (path / "rushes.json").write_text(json.dumps(settings))
+
+
+def build_tiny_ltx(path: Path) -> None:
+    """Write an `LTXPipeline` directory with a `rushes.json`."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    LTXPipeline(
+        tokenizer=wrapped(tokenizer),
+        text_encoder=T5EncoderModel(
+            T5Config(
+                vocab_size=tokenizer.get_vocab_size(),
+                d_model=TEXT_DIM,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        ).eval(),
+        vae=_louder(
+            AutoencoderKLLTXVideo(
+                latent_channels=CHANNELS,
+                block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1, 1, 1, 1, 1),
+                decoder_layers_per_block=(1, 1, 1, 1, 1),
+            )
+        ),
+        transformer=_louder(
+            LTXVideoTransformer3DModel(
+                in_channels=CHANNELS,
+                out_channels=CHANNELS,
+                num_attention_heads=2,
+                attention_head_dim=16,
+                cross_attention_dim=32,
+                num_layers=1,
+                caption_channels=TEXT_DIM,
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+    ).save_pretrained(path)
+    settings = {
+        "name": "tiny-ltx",
+        "fps": 8,
+        "max_tokens": MAX_TOKENS,
+        "chunk_latent_frames": 2,
+        "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0},
+        "limits": {
+            "default_size": [64, 64],
+            "min_side": 64,
+            "max_side": 128,
+            "size_multiple": 32,
+            "default_seconds": 2,
+            "max_seconds": 4,
+        },
+    }
+    (path / "rushes.json").write_text(json.dumps(settings))
+
+
+def wrapped(tokenizer: Tokenizer) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=MAX_TOKENS
+    )
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -159,9 +249,11 @@ def tiny_transformer(layers: int = 1) -> Any:
     )
 
 
-def tiny_vae(residual: bool = True) -> Any:
-    """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and (here) 2x smaller."""
+def tiny_vae(residual: bool = True, smaller: int = 2) -> Any:
+    """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and 2x or 8x smaller."""
     style: dict[str, Any] = {"dim_mult": [1, 2], "temperal_downsample": [True]}
+    if smaller == 8:
+        style = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True]}
     if residual:
         style = {
             "dim_mult": [1, 2, 4, 4],

@@ -150,9 +150,11 @@ class EngineDecoder:
         frames = []
         batch = latents[None]
         if not cache:
-            outputs = self._first.run({"latents": batch[:, :, :1]})
+            # A causal VAE's first latent frame is unlike all others; any other VAE decodes best what it sees whole.
+            first = 1 if self._manifest.latent.streaming == "exact" else batch.shape[2]
+            outputs = self._first.run({"latents": batch[:, :, :first]})
             frames.append(outputs.pop("frames")[0])
-            cache, batch = outputs, batch[:, :, 1:]
+            cache, batch = outputs, batch[:, :, first:]
         if batch.shape[2]:
             outputs = self._following.run({"latents": batch, **cache})
             frames.append(outputs.pop("frames")[0])

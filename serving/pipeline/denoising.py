@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.bundle import Bundle, Manifest
+from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Engine, EngineError
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler
@@ -35,9 +35,18 @@ class EngineDenoiser:
     """
 
     def __init__(
-        self, engine: Engine, manifest: Manifest, *, limits: Limits | None = None, max_sessions: int = 64
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        *,
+        second: Engine | None = None,
+        limits: Limits | None = None,
+        max_sessions: int = 64,
     ) -> None:
-        self._engine = engine
+        """`second` is the engine of `denoiser_2`, for a manifest with `experts`."""
+        self._engines: dict[GraphName, Engine] = {"denoiser": engine}
+        if second is not None:
+            self._engines["denoiser_2"] = second
         self._manifest = manifest
         self._scheduler = StepScheduler(limits or Limits())
         self._free = asyncio.Semaphore(max_sessions)
@@ -57,8 +66,10 @@ class EngineDenoiser:
         limits: Limits | None = None,
         max_sessions: int = 64,
     ) -> EngineDenoiser:
-        engine = OnnxRuntimeEngine(bundle.path_of("denoiser"), threads=threads, provider=provider)
-        return cls(engine, bundle.manifest, limits=limits, max_sessions=max_sessions)
+        names: list[GraphName] = ["denoiser", "denoiser_2"] if bundle.manifest.experts else ["denoiser"]
+        engines = [OnnxRuntimeEngine(bundle.path_of(name), threads=threads, provider=provider) for name in names]
+        second = engines[1] if len(engines) > 1 else None
+        return cls(engines[0], bundle.manifest, second=second, limits=limits, max_sessions=max_sessions)
 
     @property
     def sessions(self) -> int:
@@ -100,7 +111,7 @@ class EngineDenoiser:
         self._scheduler.add(
             Entry(
                 id=self._opened,
-                shape=session.shape,
+                shape=_group(session),
                 rows=session.rows,
                 tokens_per_row=session.tokens_per_row,
                 steps=session.calls,
@@ -137,7 +148,7 @@ class EngineDenoiser:
         for chunk in finished:
             place.events.put_nowait(chunk)
         if session.calls_done < session.calls:
-            self._scheduler.reshape(id, session.shape, session.tokens_per_row)
+            self._scheduler.reshape(id, _group(session), session.tokens_per_row)
 
     def _fail(self, ids: Sequence[Hashable], error: Exception) -> None:
         for id in ids:
@@ -149,10 +160,16 @@ class EngineDenoiser:
     def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk]]:
         """One engine call for all of `batch`, in the engine's thread; returns what each session finished."""
         fed = [session.feeds() for session in batch]
-        outputs = self._engine.run({name: np.concatenate([feeds[name] for feeds in fed]) for name in fed[0]})
+        engine = self._engines[batch[0].graph]
+        outputs = engine.run({name: np.concatenate([feeds[name] for feeds in fed]) for name in fed[0]})
         finished, row = [], 0
         for session in batch:
             rows = slice(row, row + session.rows)
             finished.append(session.take({name: output[rows] for name, output in outputs.items()}))
             row += session.rows
         return finished
+
+
+def _group(session: Session) -> tuple[Hashable, ...]:
+    """What sessions must have in common to share a call: the engine, and the shape of their latents."""
+    return session.graph, *session.shape

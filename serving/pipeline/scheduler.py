@@ -25,7 +25,7 @@ class Entry:
     """One session as the scheduler sees it. Only sessions with equal `shape` can share a call."""
 
     id: Hashable
-    shape: tuple[int, ...]
+    shape: tuple[Hashable, ...]
     rows: int
     tokens_per_row: int
     steps: int
@@ -84,7 +84,7 @@ class StepScheduler:
         self._order += 1
         self._places[entry.id] = _Place(entry, self._order, entry.steps, self._level)
 
-    def reshape(self, id: Hashable, shape: tuple[int, ...], tokens_per_row: int) -> None:
+    def reshape(self, id: Hashable, shape: tuple[Hashable, ...], tokens_per_row: int) -> None:
         """From its next step on a session is of another shape; harmless when it isn't here.
 
         It must not have become larger, or no call might hold it.

@@ -6,14 +6,15 @@ and hands each its part of the outputs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Manifest
-from models.samplers import SamplerTable, advance, build_table
+from models.bundle import GraphName, Manifest
+from models.samplers import SamplerTable, advance
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, latent_shape
 from serving.pipeline.stages import DenoiseRequest, LatentChunk
@@ -36,14 +37,10 @@ class Session(ABC):
         self._seed = spec.seed
         self._patch = manifest.latent.patch
         self._chunk_frames = manifest.chunk_latent_frames
-        self._table = build_table(
-            spec.sampler,
-            spec.num_inference_steps,
-            shift=sampler.shift,
-            guidance_scale=spec.guidance_scale,
-            num_train_timesteps=sampler.num_train_timesteps,
-        )
         self._latent_shape = latent_shape(manifest, spec)
+        tokens = math.prod(self._latent_shape[1:]) // self._patch**2
+        self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler)
+        self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
         self._texts = [request.conditional.hidden_states]
         if spec.guidance_scale > 1:
             if request.unconditional is None:
@@ -69,6 +66,11 @@ class Session(ABC):
     @abstractmethod
     def calls(self) -> int:
         """How many engine calls the video takes."""
+
+    @property
+    def graph(self) -> GraphName:
+        """Which denoiser the next call is for: a model may have another for little noise."""
+        return "denoiser"
 
     @property
     @abstractmethod
@@ -98,6 +100,10 @@ class BidirectionalSession(Session):
     @property
     def calls(self) -> int:
         return self._table.steps
+
+    @property
+    def graph(self) -> GraphName:
+        return "denoiser" if self._table.timesteps[self.calls_done] >= self._boundary else "denoiser_2"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

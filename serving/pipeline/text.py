@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from models.bundle import Bundle, TextInfo
-from serving.engines.engine import Engine
+from serving.engines.engine import Engine, EngineError
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.pipeline.stages import TextEmbedding
 
@@ -35,7 +35,10 @@ class EngineTextEncoder:
     def __init__(self, engine: Engine, tokenizer_file: Path, info: TextInfo, *, cache_bytes: int = 64 << 20) -> None:
         self._engine = engine
         self._info = info
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # the library raises nothing more particular
+            raise EngineError(f"{tokenizer_file.name}: could not be loaded: {error}") from error
         # Truncating counts the special tokens in, so that a long prompt still ends with </s>.
         self._tokenizer.enable_truncation(info.max_tokens)
         self._tokenizer.no_padding()

@@ -94,7 +94,13 @@ def test_the_bundle_says_what_its_graph_remembers(tiny_causal_bundle: Bundle) ->
     manifest = tiny_causal_bundle.manifest
     assert (manifest.rollout, manifest.sampler.name) == ("causal", "renoise")
     assert manifest.causal is not None
-    assert manifest.causal.model_dump() == {"sink_chunks": 1, "window_chunks": 2, "layers": 2, "dim": 24}
+    assert manifest.causal.model_dump() == {
+        "sink_chunks": 1,
+        "window_chunks": 2,
+        "positions": "window",
+        "layers": 2,
+        "dim": 24,
+    }
     denoiser = manifest.graphs["denoiser"]
     assert {tensor.name: tensor.shape for tensor in denoiser.inputs} == {
         "latents": ("batch", CHANNELS, "frames", "2*rows", "2*columns"),

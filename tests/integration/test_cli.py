@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -12,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from models.bundle import Bundle
+from models.bundle import MANIFEST, Bundle, Manifest
 from serving.cli import app
 from serving.oneshot import generate_file
 from serving.pipeline.request import make_spec
@@ -94,6 +98,81 @@ def test_serve_refuses_a_bad_config_before_it_starts_anything(tmp_path: Path) ->
     done = runner.invoke(app, ["serve", "--port", "0"])
     assert done.exit_code == 2
     assert "port" in done.stderr
+
+
+def test_inspect_says_what_was_proven(tiny_bundle: Bundle) -> None:
+    done = runner.invoke(app, ["inspect", str(tiny_bundle.root)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    manifest = tiny_bundle.manifest
+    for name in (*manifest.graphs, *manifest.files, tiny_bundle.digest, "diffusers' pipeline", "24 caches"):
+        assert name in done.stdout
+    assert all(info.sha256 in done.stdout and f"{info.bytes:,}" in done.stdout for info in manifest.files.values())
+    assert f"{manifest.graphs['denoiser'].parity['velocity']:.1e}" in done.stdout
+    asked = runner.invoke(app, ["inspect", str(tiny_bundle.root), "--json"])
+    assert Manifest.model_validate_json(asked.stdout) == manifest
+
+
+def rehashed(root: Path, name: str) -> None:
+    """Make the manifest agree with a changed file, so that only what is in the file is wrong."""
+    manifest = json.loads((root / MANIFEST).read_text())
+    data = (root / name).read_bytes()
+    manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def put_in_an_unknown_operator(path: Path) -> None:
+    data = path.read_bytes()
+    assert b"MatMul" in data
+    path.write_bytes(data.replace(b"MatMul", b"MadMul"))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "hashes_fit", "said"),
+    [
+        ("denoiser.weights", cut_off, False, "bytes instead of"),
+        ("decoder_next.onnx", flip_a_byte, False, "sha256"),
+        ("tokenizer.json", Path.unlink, False, "lacks 'tokenizer.json'"),
+        ("tokenizer.json", cut_off, True, "tokenizer.json: could not be loaded"),
+        ("denoiser.onnx", put_in_an_unknown_operator, True, "MadMul"),
+        ("denoiser.onnx", cut_off, True, "denoiser.onnx: could not be loaded"),
+        ("denoiser.weights", cut_off, True, "denoiser.onnx: could not be loaded"),
+    ],
+)
+def test_a_bad_bundle_is_refused_in_one_line(
+    tiny_bundle: Bundle, tmp_path: Path, name: str, spoil: Callable[[Path], None], hashes_fit: bool, said: str
+) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.root, root)
+    spoil(root / name)
+    if hashes_fit:
+        rehashed(root, name)
+    done = runner.invoke(app, ["generate", "a ball", "-o", str(tmp_path / "a.mp4"), "--bundle", str(root), *SHORT])
+    assert done.exit_code in (1, 2)
+    assert said in done.stderr
+    # Progress bars may stand above it.
+    assert [line for line in done.stderr.splitlines() if "rushes:" in line] == [done.stderr.splitlines()[-1]]
+    assert "Traceback" not in done.output
+    assert isinstance(done.exception, SystemExit)
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_export_refuses_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    done = runner.invoke(app, ["export", str(tmp_path), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "rushes: " in done.stderr
+    assert "StableDiffusionPipeline" in done.stderr
+    assert os.listdir(tmp_path) == ["model_index.json"]
 
 
 def test_version() -> None:

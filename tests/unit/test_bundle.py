@@ -162,8 +162,12 @@ def test_a_causal_bundle_says_what_it_remembers(write: Callable[..., Path]) -> N
         (lambda content: (causal(content), content.update(rollout="bidirectional")), "needs `causal`"),
         (lambda content: causal(content, window_chunks=4), "cache"),
         (lambda content: causal(content, layers=3), "cache"),
-        (lambda content: causal(content, sink_chunks=0), "`causal.sink_chunks`"),
+        (lambda content: causal(content, sink_chunks=-1), "`causal.sink_chunks`"),
         (lambda content: (causal(content), content["graphs"]["denoiser"].update(inputs=[])), "cache []"),
+        (lambda content: content.update(experts={"boundary_timestep": 900}), "no graph 'denoiser_2'"),
+        (lambda content: content["graphs"].update(denoiser_2=content["graphs"]["denoiser"]), "needs `experts`"),
+        (lambda content: content.update(experts={"boundary_timestep": 1000}), "`experts.boundary_timestep`"),
+        (lambda content: content.update(family="hunyuan"), "`family`"),
     ],
 )
 def test_a_rollout_that_does_not_fit_its_graph(write: Callable[..., Path], change: Change, words: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.bundle import SamplerInfo, TokenShift
 from models.samplers import SamplerName, advance, build_table
 
 STEPS = [1, 2, 3, 4, 7, 20, 50]
@@ -125,3 +126,27 @@ def test_a_straight_field_is_solved_exactly() -> None:
 def test_no_step_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one step"):
         build_table("euler", 0, shift=3.0)
+
+
+@pytest.mark.parametrize("terminal", [None, 0.1])
+@pytest.mark.parametrize("tokens", [12, 1024, 5000])
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+def test_a_schedule_for_the_videos_size_is_that_of_diffusers(steps: int, tokens: int, terminal: float | None) -> None:
+    """As `LTXPipeline` asks for it."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+
+    if steps == 1 and terminal:
+        pytest.skip("diffusers divides by zero")
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal)
+    reference.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
+    info = SamplerInfo(name="euler", shift=1.0, token_shift=TokenShift(), terminal=terminal, guidance_scale=1.0)
+    table = info.table(steps, 1.0, tokens)
+    np.testing.assert_allclose(table.timesteps, reference.timesteps.numpy(), rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(table.sigmas, reference.sigmas.numpy(), atol=1e-6)
+    np.testing.assert_allclose(table.coefficients[:, 0, 1], np.diff(reference.sigmas.numpy()), atol=1e-6)
+
+
+def test_one_step_can_not_be_stretched() -> None:
+    info = SamplerInfo(name="euler", shift=1.0, token_shift=TokenShift(), terminal=0.1, guidance_scale=1.0)
+    assert info.table(1, 1.0, 12).sigmas.tolist() == [1.0, 0.0]

@@ -7,7 +7,7 @@ import torch
 from tiny import CHANNELS, TEXT_DIM, tiny_transformer
 from torch import Tensor
 
-from models.wan import UnsupportedCheckpointError
+from models.families import UnsupportedCheckpointError
 from models.wan_causal import CausalDenoiser, CausalSequence
 from models.window import ContextWindow
 

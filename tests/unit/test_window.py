@@ -6,7 +6,7 @@ import pytest
 
 from models.window import ContextWindow
 
-WINDOWS = [ContextWindow(3, sinks, window) for sinks in (1, 2, 3) for window in (1, 2, 3, 5)]
+WINDOWS = [ContextWindow(3, sinks, window) for sinks in (0, 1, 2, 3) for window in (1, 2, 3, 5)]
 
 
 @pytest.mark.parametrize("window", WINDOWS)

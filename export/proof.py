@@ -1,0 +1,178 @@
+"""A whole video made twice: by the bundle's graphs, and by what the checkpoint came from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from export import parity
+from export.onnx import ExportError
+from models.bundle import GraphName, Manifest, ProofInfo
+from models.families import Family, Take
+from models.graph import Graph
+from models.samplers import advance
+
+Array = NDArray[Any]
+# One call of a graph by name, whatever computes it.
+Call = Callable[[GraphName, Mapping[str, Array]], dict[str, Array]]
+
+PROMPT = "a red ball bouncing on a sand floor at sunset"
+STEPS = 3
+LEAST_PSNR, EQUAL_PSNR = 45.0, 100.0
+
+
+def prove(family: Family, graphs: Sequence[Graph], manifest: Manifest, folder: Path) -> ProofInfo:
+    """Make a short video both ways. Raises `ExportError` if they differ by more than `LEAST_PSNR`."""
+    start = time.perf_counter()
+    take = _take(manifest)
+    sessions = {name: parity.open_session(folder / info.file) for name, info in manifest.graphs.items()}
+
+    def engine(name: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = [output.name for output in sessions[name].get_outputs()]
+        return dict(zip(outputs, sessions[name].run(outputs, dict(feeds)), strict=True))
+
+    latents = denoise(engine, manifest, take, folder / manifest.text.tokenizer)
+    whole_first = manifest.latent.streaming == "overlapped"
+    # What seams cost is measured elsewhere: here an overlapped decoder gets everything at once.
+    chunk = latents.shape[2] if whole_first else manifest.chunk_latent_frames
+    chunks = [chunk] * (latents.shape[2] // chunk) + [latents.shape[2] % chunk] * bool(latents.shape[2] % chunk)
+    first, following = sessions["decoder_first"], sessions["decoder_next"]
+    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, whole_first=whole_first)
+    made = _levels(np.concatenate(list(streamed), axis=2)[0].transpose(1, 2, 3, 0) / 2 + 0.5)
+
+    expected: NDArray[Any]
+    if manifest.rollout == "causal" or manifest.sampler.name == "renoise":
+        reference = "the same rollout in torch"
+        modules = {graph.name: graph for graph in graphs}
+
+        def in_torch(name: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+            graph = modules[name]
+            outputs = graph.reference(
+                {key: torch.from_numpy(np.ascontiguousarray(feeds[key])) for key in graph.example}
+            )
+            return {key: value.numpy() for key, value in outputs.items()}
+
+        whole = torch.from_numpy(denoise(in_torch, manifest, take, folder / manifest.text.tokenizer))
+        with torch.no_grad():
+            expected = family.decode(whole)[0].permute(1, 2, 3, 0).numpy() / 2 + 0.5
+    else:
+        reference = "diffusers' pipeline"
+        with torch.no_grad():
+            expected = family.make(take)
+    psnr, worst = compare(made, _levels(expected))
+    if not psnr >= LEAST_PSNR:
+        raise ExportError(f"A whole video differs from {reference}: {psnr:.1f} dB, and {LEAST_PSNR:.0f} are needed.")
+    return ProofInfo(
+        reference=reference,
+        size=take.size,
+        frames=take.frames,
+        steps=take.steps,
+        psnr_db=round(psnr, 2),
+        worst_frame_psnr_db=round(worst, 2),
+        seconds=round(time.perf_counter() - start, 2),
+    )
+
+
+def compare(made: NDArray[np.uint8], expected: NDArray[np.uint8]) -> tuple[float, float]:
+    """PSNR in dB of two videos `[frames, height, width, 3]` and of the worst frame; minus infinity for other shapes."""
+    if made.shape != expected.shape:
+        return float("-inf"), float("-inf")
+    squares = ((made.astype(np.float64) - expected) ** 2).mean(axis=(1, 2, 3))
+
+    def psnr(error: float) -> float:
+        return float(10 * np.log10(255**2 / error)) if error > 0 else EQUAL_PSNR
+
+    return psnr(float(squares.mean())), psnr(float(squares.max()))
+
+
+def denoise(call: Call, manifest: Manifest, take: Take, tokenizer_file: Path) -> Array:
+    """Latents `[1, channels, frames, height, width]` of the take, by a plain loop over the manifest's sampler."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(take.max_tokens)
+    texts = [_encode(call, tokenizer, prompt, take.max_tokens) for prompt in (take.prompt, "")]
+    text = np.concatenate(texts if take.guidance_scale > 1 else texts[:1])
+    noise = take.noise.numpy()
+    if manifest.rollout == "bidirectional":
+        latents, _ = _chunk(call, manifest, take, noise, text, {})
+        return latents
+    assert manifest.causal is not None
+    window, causal, (_, _, frames, height, width) = manifest.window, manifest.causal, noise.shape
+    patch, rows = manifest.latent.patch, len(text)
+    grid = (height // patch, width // patch)
+    cache = np.zeros((rows, causal.layers, 2, window.cached_frames, *grid, causal.dim), np.float32)
+    done = []
+    for index, start in enumerate(range(0, frames, window.chunk_frames)):
+        state = {"cache": cache, "write_index": np.full(rows, index, np.int64)}
+        latents, clean = _chunk(call, manifest, take, noise[:, :, start : start + window.chunk_frames], text, state)
+        done.append(latents)
+        if latents.shape[2] == window.chunk_frames:
+            cache[:, :, :, window.frames_of(index)] = clean
+    return np.concatenate(done, axis=2)
+
+
+def _chunk(
+    call: Call, manifest: Manifest, take: Take, noise: Array, text: Array, state: Mapping[str, Array]
+) -> tuple[Array, Array | None]:
+    """Denoise one run of frames; of a causal model, also what belongs into the cache then."""
+    tokens = noise[0, 0].size // manifest.latent.patch**2
+    table = take.sampler.table(take.steps, take.guidance_scale, tokens)
+    boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
+    rows = len(text)
+    x = np.zeros((1 + table.history, *noise.shape[1:]), np.float32)
+    x[0] = noise[0]
+
+    def step(graph: GraphName, timestep: float) -> dict[str, Array]:
+        feeds = {
+            "latents": np.repeat(x[:1], rows, axis=0),
+            "timestep": np.full(rows, timestep, np.float32),
+            "encoder_hidden_states": text,
+        }
+        return call(graph, {**feeds, **state})
+
+    for index, timestep in enumerate(table.timesteps):
+        graph: GraphName = "denoiser" if timestep >= boundary else "denoiser_2"
+        velocity = step(graph, timestep)["velocity"]
+        x = advance(table.coefficients[index], x, velocity[0], velocity[1] if rows > 1 else None)
+        if table.noise[index]:
+            fresh = np.random.default_rng(index).standard_normal(x[0].shape, dtype=np.float32)
+            x[0] += table.noise[index] * fresh
+    return x[:1], step("denoiser", 0.0)["chunk_cache"] if state else None
+
+
+def _encode(call: Call, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> Array:
+    ids = tokenizer.encode(prompt).ids
+    padding = [0] * (max_tokens - len(ids))
+    feeds = {"input_ids": np.array([ids + padding]), "attention_mask": np.array([[1] * len(ids) + padding])}
+    return call("text_encoder", feeds)["hidden_states"]
+
+
+def _take(manifest: Manifest) -> Take:
+    """The smallest size that may be asked for, and one latent frame more than a chunk."""
+    latent, limits = manifest.latent, manifest.limits
+    cell = latent.spatial * latent.patch
+    side = -(-limits.min_side // cell) * latent.patch
+    frames = manifest.chunk_latent_frames + 1
+    noise = np.random.default_rng(7).standard_normal((1, latent.channels, frames, side, side), dtype=np.float32)
+    return Take(
+        prompt=PROMPT,
+        noise=torch.from_numpy(noise),
+        steps=STEPS,
+        guidance_scale=manifest.sampler.guidance_scale,
+        sampler=manifest.sampler,
+        max_tokens=manifest.text.max_tokens,
+        fps=manifest.fps,
+        size=(side * latent.spatial, side * latent.spatial),
+        frames=1 + (frames - 1) * latent.temporal,
+    )
+
+
+def _levels(frames: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    levels: NDArray[np.uint8] = np.clip(np.rint(frames * 255), 0, 255).astype(np.uint8)
+    return levels

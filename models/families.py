@@ -1,0 +1,178 @@
+"""The seam between `export` and the model families: what a checkpoint says of itself, whatever made it.
+
+A family is one file here (Wan, the oldest, has its modules, its graphs and its causal view in files of their own).
+`open_checkpoint` chooses by the class that the checkpoint's `model_index.json` names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.bundle import ExpertsInfo, FamilyName, LatentInfo, LimitsInfo, Positions, SamplerInfo
+from models.graph import Graph
+from models.window import ContextWindow
+
+
+class UnsupportedCheckpointError(ValueError):
+    """The directory is no checkpoint of any family, or of a kind that is not served."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint is going to be served, as far as its graphs depend on it.
+
+    `window` is there for a causal rollout; `weights` is a file whose weights take the place of the transformer's.
+    """
+
+    max_tokens: int
+    fps: int
+    chunk_latent_frames: int
+    limits: LimitsInfo
+    window: ContextWindow | None = None
+    positions: Positions = "window"
+    weights: Path | None = None
+
+    def largest(self, latent: LatentInfo, cost: Callable[[int, int, int], int]) -> tuple[int, int, int]:
+        """Latent frames, height and width of the largest video within the limits that costs at most `MEMORY_BYTES`.
+
+        What doesn't fit is halved, in time first, as often as it takes: a graph is tried as far as memory allows.
+        """
+        cell = latent.spatial * latent.patch
+        side = -(-self.limits.max_side // cell) * latent.patch
+        frames = 1 + -(-self.limits.max_seconds * self.fps // latent.temporal)
+        while cost(frames, side, side) > MEMORY_BYTES and (frames > 1 or side > latent.patch):
+            if frames > 1:
+                frames = max(1, frames // 2)
+            else:
+                side = max(1, side // latent.patch // 2) * latent.patch
+        return frames, side, side
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a family is served unless `rushes.json` says otherwise: what its authors' pipelines do."""
+
+    max_tokens: int
+    fps: int
+    chunk_latent_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    limits: LimitsInfo
+
+
+# The text's length is part of these models: padding is seen by them, or becomes keys of its own.
+WAN = Defaults(
+    max_tokens=512,
+    fps=16,
+    chunk_latent_frames=3,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    limits=LimitsInfo(
+        default_size=(832, 480), min_side=256, max_side=1280, size_multiple=32, default_seconds=5, max_seconds=5
+    ),
+)
+# A chunk as long as the longest video, since LTX's VAE decodes exactly only in one go.
+LTX = Defaults(
+    max_tokens=128,
+    fps=25,
+    chunk_latent_frames=33,
+    num_inference_steps=50,
+    guidance_scale=3.0,
+    limits=LimitsInfo(
+        default_size=(704, 480), min_side=256, max_side=1280, size_multiple=32, default_seconds=5, max_seconds=10
+    ),
+)
+
+
+def defaults_of(path: Path) -> Defaults | None:
+    """The defaults for the checkpoint in this directory; None if it is of no family."""
+    try:
+        index = read_index(path)
+    except UnsupportedCheckpointError:
+        return None
+    wan = replace(WAN, fps=24) if index.get("expand_timesteps") else WAN  # TI2V-5B
+    return {"WanPipeline": wan, "LTXPipeline": LTX}.get(str(index.get("_class_name")))
+
+
+# What one call of a proof may take, estimated; torch and ONNX Runtime are not in it at the same time.
+MEMORY_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Take:
+    """One short video to be made twice: `noise` `[1, channels, frames, height, width]` is where both begin."""
+
+    prompt: str
+    noise: Tensor
+    steps: int
+    guidance_scale: float
+    sampler: SamplerInfo
+    max_tokens: int
+    fps: int
+    size: tuple[int, int]
+    frames: int
+
+
+class Family(Protocol):
+    """One checkpoint, its parts in fp32 on the CPU."""
+
+    name: FamilyName
+    tokenizer: Path
+    scheduler: dict[str, Any]
+    latent: LatentInfo
+    text_dim: int
+    experts: ExpertsInfo | None
+
+    def graphs(self, plan: Plan) -> tuple[Graph, ...]:
+        """Every graph of the bundle. Raises `UnsupportedCheckpointError` for a plan that it can't follow."""
+
+    def cache_size(self) -> tuple[int, int]:
+        """Layers and width of the key/value cache of a causal rollout."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents to pixels `[batch, 3, frames, height, width]` in [-1, 1], in one go, by the checkpoint."""
+
+    def make(self, take: Take) -> NDArray[np.float32]:
+        """The take by diffusers' pipeline, `[frames, height, width, 3]` in [0, 1]."""
+
+
+def open_checkpoint(path: Path, plan: Plan) -> Family:
+    """Load a diffusers directory. Raises `UnsupportedCheckpointError`, or `OSError` for a part that can't be read."""
+    from models.ltx import LtxFamily
+    from models.wan_graphs import WanFamily
+
+    openers: dict[str, Callable[[Path, Plan], Family]] = {
+        "WanPipeline": WanFamily.open,
+        "LTXPipeline": LtxFamily.open,
+    }
+    kind = read_index(path).get("_class_name")
+    if kind not in openers:
+        raise UnsupportedCheckpointError(f"{path} holds a {kind}, but only {', '.join(openers)} are supported.")
+    return openers[kind](path, plan)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """`model_index.json`. Raises `UnsupportedCheckpointError`."""
+    try:
+        index = json.loads((path / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UnsupportedCheckpointError(f"{path} has no readable model_index.json.") from error
+    if not isinstance(index, dict):
+        raise UnsupportedCheckpointError(f"{path} has a model_index.json that holds no object.")
+    return index
+
+
+def fast_tokenizer(path: Path) -> Path:
+    """`tokenizer/tokenizer.json`. Raises `UnsupportedCheckpointError`."""
+    tokenizer = path / "tokenizer" / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UnsupportedCheckpointError(f"{path} has no tokenizer/tokenizer.json: save the fast tokenizer.")
+    return tokenizer
