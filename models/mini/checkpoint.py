@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanPipeline
@@ -19,9 +20,10 @@ from models.mini.latents import latent_statistics
 from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
 from models.mini.rewriter import Rewriter
 from models.mini.scene import FPS, FRAMES, HEIGHT, WIDTH
+from models.mini.train_causal import FEW_STEPS, GUIDANCE, WINDOW
 from models.mini.train_vae import trained_vae
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "name": "mini",
     "fps": FPS,
     "max_tokens": TEXT_LENGTH,
@@ -38,11 +40,32 @@ SETTINGS = {
 }
 
 
-def assemble(folder: Path) -> WanPipeline:
-    """The pipeline of the newest averaged weights in a training folder."""
+STAGES = ("dit", "causal", "distil")
+
+
+def settings_of(stage: str) -> dict[str, Any]:
+    """`rushes.json` for the denoiser that a stage of training leaves."""
+    if stage == "dit":
+        return SETTINGS
+    few = stage == "distil"
+    return SETTINGS | {
+        "name": "mini-causal",
+        "rollout": "causal",
+        "causal": {"sink_chunks": WINDOW.sink_chunks, "window_chunks": WINDOW.window_chunks},
+        "sampler": {
+            "name": "euler",
+            "num_inference_steps": FEW_STEPS if few else 12,
+            "guidance_scale": 1.0 if few else GUIDANCE,
+        },
+        "limits": SETTINGS["limits"] | {"max_seconds": 120},
+    }
+
+
+def assemble(folder: Path, stage: str = "dit") -> WanPipeline:
+    """The pipeline of the newest averaged weights in a training folder, with the denoiser of one stage."""
     tokenizer = build_tokenizer()
     text, transformer, vae = Captioned(tokenizer), build_transformer(), trained_vae(folder)
-    trained = torch.load(folder / "dit-averaged.pt", weights_only=True)
+    trained = torch.load(folder / f"{stage}-averaged.pt", weights_only=True)
     text.load_state_dict(trained["text"])
     transformer.load_state_dict(trained["transformer"])
     mean, std = latent_statistics(folder)
@@ -56,12 +79,12 @@ def assemble(folder: Path) -> WanPipeline:
     )
 
 
-def save(pipeline: WanPipeline, path: Path) -> None:
+def save(pipeline: WanPipeline, path: Path, stage: str = "dit") -> None:
     """fp16 safetensors whose config says fp32, so that plain loading computes in fp32."""
     pipeline.to(dtype=torch.float16)
     pipeline.text_encoder.config.dtype = "float32"
     pipeline.save_pretrained(path, safe_serialization=True)
-    (path / "rushes.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
+    (path / "rushes.json").write_text(json.dumps(settings_of(stage), indent=2) + "\n")
 
 
 def save_words(folder: Path, path: Path) -> None:
@@ -78,12 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--stage", choices=STAGES, default="dit", help="whose denoiser; all but dit are causal")
     parser.add_argument(
         "--only-words", action="store_true", help="rewriter and captioner alone; the rest stays as it is"
     )
     options = parser.parse_args()
     if not options.only_words:
-        save(assemble(options.folder), options.output)
+        save(assemble(options.folder, options.stage), options.output, options.stage)
     save_words(options.folder, options.output)
     print(options.output)
 

@@ -8,9 +8,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs the export extra")
 
 import torch.distributed as dist  # noqa: E402
+from diffusers import WanTransformer3DModel  # noqa: E402
 
+from export.settings import CheckpointSettings  # noqa: E402
 from models.mini import latents as cached  # noqa: E402
 from models.mini import train_causal, train_dit  # noqa: E402
+from models.mini.checkpoint import assemble, save  # noqa: E402
 from models.mini.conditioning import Captioned, start_from  # noqa: E402
 from models.mini.networks import build_transformer, build_vae  # noqa: E402
 from models.mini.train_causal import noised, relived  # noqa: E402
@@ -54,6 +57,14 @@ def test_the_stages_follow_each_other(alone, folder):
     before = torch.load(folder / "causal-averaged.pt", weights_only=True)
     assert all(torch.equal(value, before["text"][name]) for name, value in text.state_dict().items())
     assert any(not torch.equal(value, before["transformer"][name]) for name, value in transformer.state_dict().items())
+
+    save(assemble(folder, "distil"), folder / "checkpoint", "distil")
+    settings = CheckpointSettings.load(folder / "checkpoint")
+    assert settings.window == train_causal.WINDOW
+    assert (settings.sampler.num_inference_steps, settings.sampler.guidance_scale) == (4, 1.0)
+    saved = WanTransformer3DModel.from_pretrained(folder / "checkpoint" / "transformer").state_dict()
+    for name, value in transformer.state_dict().items():
+        torch.testing.assert_close(saved[name], value, atol=1e-2, rtol=1e-2)
 
 
 def test_latents_that_are_missing_are_named(tmp_path):
