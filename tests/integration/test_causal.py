@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM
+from watched import Watched
 
 from models.bundle import Bundle
 from models.samplers import build_table
@@ -31,18 +32,6 @@ pytestmark = pytest.mark.timeout(900)
 
 PROMPT = "a red ball bouncing on a sand floor at sunset"
 TOLERANCE = 1e-4
-
-
-class Watched:
-    """An engine that calls `before` with the feeds of every call."""
-
-    def __init__(self, engine: Engine, before: Callable[[Mapping[str, Array]], None]) -> None:
-        self._engine, self._before = engine, before
-        self.inputs, self.outputs = engine.inputs, engine.outputs
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        self._before(feeds)
-        return self._engine.run(feeds)
 
 
 @pytest.fixture(scope="module")

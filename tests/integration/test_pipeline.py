@@ -11,9 +11,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from watched import Watched
 
 from models.bundle import Bundle
-from serving.engines.engine import Array, Engine, EngineError
+from serving.engines.engine import Array, EngineError
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
@@ -31,18 +32,6 @@ from serving.pipeline.stages import (
 )
 
 PROMPT = "a red ball bouncing on a sand floor at sunset"
-
-
-class Watched:
-    """An engine that calls `before` with the feeds of every call; what it raises is raised as the engine's."""
-
-    def __init__(self, engine: Engine, before: Callable[[Mapping[str, Array]], None]) -> None:
-        self._engine, self._before = engine, before
-        self.inputs, self.outputs = engine.inputs, engine.outputs
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        self._before(feeds)
-        return self._engine.run(feeds)
 
 
 @pytest.fixture
