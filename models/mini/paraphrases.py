@@ -13,9 +13,10 @@ from typing import get_args
 
 import numpy as np
 
-from models.mini import captions, loose_words
+from models.mini import captions, loose_words, word_forms
 from models.mini.loose_words import Wordings
 from models.mini.rays import Shape
+from models.mini.word_forms import Patterns, fill
 from models.mini.world import Attributes, Color, Floor, Light, Size
 
 # Empty slots leave separators behind, which `_tidy` takes away.
@@ -48,6 +49,8 @@ TEMPLATES = (
 )
 HELD_OUT_WORDING_SHARE = 0.35
 TYPO_SHARE = 0.25
+# How often a training wording is a form from `word_forms`, and a training template one in random order.
+FORM_SHARE = 0.5
 
 # What of a clip a prompt can name; `complete` knows what is taken for the rest.
 NAMES = ("shape", "color", "size", "motion", "then", "floor", "light", "camera")
@@ -140,29 +143,39 @@ class _Speaker:
     def say(self, a: Attributes, named: frozenset[str]) -> str:
         slots = dict.fromkeys(("motion", "other", "floor", "light", "camera"), "")
         slots["thing"] = self.thing(*(getattr(a, n) if n in named else None for n in ("shape", "color", "size")))
-        for slot, wordings, plain in (
-            ("motion", loose_words.MOTIONS, captions.MOTIONS),
-            ("floor", loose_words.FLOORS, captions.FLOORS),
-            ("light", loose_words.LIGHTS, captions.LIGHTS),
-            ("camera", loose_words.CAMERAS, captions.CAMERAS),
-        ):
+        for slot in ("motion", "floor", "light", "camera"):
             if slot in named:
-                slots[slot] = self.wording(wordings, getattr(a, slot), plain)  # type: ignore[arg-type]
+                slots[slot] = self.wording(f"{slot}s".upper(), getattr(a, slot))
         if a.then:
-            then = self.wording(loose_words.MOTIONS, a.then, captions.MOTIONS)
-            slots["motion"] = self.one_of(loose_words.BEATS).format(first=slots["motion"], second=then)
+            then = self.wording("MOTIONS", a.then)
+            beats = self.one_of(loose_words.BEATS, word_forms.BEATS)
+            slots["motion"] = beats.format(first=slots["motion"], second=then)
         if a.other:
             other = self.thing(
                 *(getattr(a.other, n) if f"other {n}" in named else None for n in ("shape", "color", "size"))
             )
-            slots["other"] = self.wording(loose_words.RELATIONS, a.other.relation, {}).format(other)
-        text = _tidy(self.one_of(TEMPLATES).format(**slots))
-        return self.one_of(loose_words.OPENINGS).format(text)
+            slots["other"] = self.wording("RELATIONS", a.other.relation).format(other)
+        text = _tidy(self.template().format(**slots))
+        return self.one_of(loose_words.OPENINGS, word_forms.OPENINGS).format(text)
+
+    def template(self) -> str:
+        """A written one, or for training the slots in any order in which the second object follows the first."""
+        if self.held_out or self.rng.random() >= FORM_SHARE:
+            return self.pick(TEMPLATES[self.held_out])
+        slots = ["{thing}", "{motion}", "{other}", "{floor}", "{light}", "{camera}"]
+        while True:
+            order: list[str] = [slots[i] for i in self.rng.permutation(len(slots))]
+            first, second = sorted((order.index("{thing}"), order.index("{other}")))
+            order[first], order[second] = "{thing}", "{other}"
+            mark = self.pick((",", ",", ".", ";", " -", " /", " |", ""))
+            text = order[0] + "".join((mark if self.rng.random() < 0.5 else "") + f" {slot}" for slot in order[1:])
+            if text not in TEMPLATES[1]:
+                return text
 
     def thing(self, shape: str | None, color: str | None, size: str | None) -> str:
-        noun = self.wording(loose_words.NOUNS, shape, captions.NOUNS) if shape else self.pick(loose_words.SOMETHING)
-        said_color = self.wording(loose_words.COLORS, color, captions.COLORS) if color else ""
-        said_size = self.wording(loose_words.SIZES, size, captions.SIZES) if size else ""
+        noun = self.wording("NOUNS", shape) if shape else self.pick(loose_words.SOMETHING)
+        said_color = self.wording("COLORS", color) if color else ""
+        said_size = self.wording("SIZES", size) if size else ""
         match self.rng.integers(12):
             case 0:
                 words = f"{said_color} {said_size} {noun}"
@@ -178,14 +191,24 @@ class _Speaker:
         article = self.pick(("", "", "a", "a", "a", "the", "one", "some"))
         return captions.with_article(words) if article == "a" else f"{article} {words}".strip()
 
-    def wording(self, wordings: Wordings, value: str, plain: Mapping[str, Sequence[str]]) -> str:
+    def wording(self, table: str, value: str) -> str:
+        """Words for a value of one of `loose_words`' tables: the captions' own, loose ones, or forms of those."""
+        wordings: Wordings = getattr(loose_words, table)
         known, kept = wordings[value]
         if self.held_out and self.rng.random() < HELD_OUT_WORDING_SHARE:
             return self.pick(kept)
-        own = (value,) if plain is captions.COLORS else ()
-        return self.pick((*known, *plain.get(value, own)))
+        forms: Patterns = getattr(word_forms, table)
+        if not self.held_out and self.rng.random() < FORM_SHARE:
+            return fill(self.pick(forms[value]), self.rng)
+        plain: Mapping[str, Sequence[str]] = {} if table == "RELATIONS" else getattr(captions, table)
+        own: Sequence[str] = (value,) if table == "COLORS" else ()
+        words = [*known, *plain.get(value, own)]
+        return self.pick(words)
 
-    def one_of(self, parts: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+    def one_of(self, parts: tuple[tuple[str, ...], tuple[str, ...]], forms: Sequence[str]) -> str:
+        """A frame with {} in it; forms are for training alone."""
+        if not self.held_out and self.rng.random() < FORM_SHARE / 2:
+            return fill(self.pick(forms), self.rng)
         return self.pick(parts[self.held_out])
 
     def pick(self, words: Sequence[str]) -> str:
@@ -194,13 +217,13 @@ class _Speaker:
 
 def _tidy(text: str) -> str:
     """Without the separators of empty slots."""
-    parts = [" ".join(part.split()) for part in re.split(r"([,.:;!/|])", text)]
+    parts = [" ".join(part.split()) for part in re.split(r"([,.:;!/|]|(?<= )-(?= ))", text)]
     kept: list[str] = []
     for part, separator in zip(parts[::2], [*parts[1::2], ""], strict=True):
         if part:
             kept += [part, separator]
     text = re.sub(r" (?:and it|that|which|the first one)(?=[,.]|$)", "", re.sub(r"\s+([,.:;!])", r"\1", " ".join(kept)))
-    return re.sub(r"^and ", "", text.strip(" ,;:/|"))
+    return re.sub(r"^and ", "", text.strip(" ,;:/|-"))
 
 
 def _mistyped(text: str, rng: np.random.Generator) -> str:

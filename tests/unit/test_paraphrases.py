@@ -4,10 +4,12 @@ import re
 
 import numpy as np
 
-from models.mini import loose_words
+from models.mini import loose_words, word_forms
 from models.mini.captions import canonical, read
-from models.mini.paraphrases import CHOICES, Paraphrase, complete, paraphrase
+from models.mini.paraphrases import CHOICES, TEMPLATES, Paraphrase, _Speaker, complete, paraphrase
 from models.mini.world import Attributes, Other, draw
+
+TABLES = ("NOUNS", "SIZES", "COLORS", "MOTIONS", "FLOORS", "LIGHTS", "CAMERAS", "RELATIONS")
 
 
 def many(count: int, **options: bool) -> list[Paraphrase]:
@@ -63,8 +65,7 @@ def test_a_second_object_keeps_its_place() -> None:
 
 
 def test_no_wording_is_both_trained_on_and_held_out() -> None:
-    tables = ("NOUNS", "SIZES", "COLORS", "MOTIONS", "FLOORS", "LIGHTS", "CAMERAS", "RELATIONS")
-    for table in tables:
+    for table in TABLES:
         rows = getattr(loose_words, table)
         known = {word for words, _ in rows.values() for word in words}
         kept = {word for _, words in rows.values() for word in words}
@@ -72,3 +73,27 @@ def test_no_wording_is_both_trained_on_and_held_out() -> None:
         assert len(known) == sum(len(words) for words, _ in rows.values())
     for known_parts, kept_parts in (loose_words.BEATS, loose_words.OPENINGS):
         assert not set(known_parts) & set(kept_parts)
+
+
+def test_forms_are_of_every_value_and_never_a_held_out_phrase() -> None:
+    rng = np.random.default_rng(5)
+    for table in TABLES:
+        rows, forms = getattr(loose_words, table), getattr(word_forms, table)
+        assert set(rows) == set(forms)
+        kept = {phrase for _, phrases in rows.values() for phrase in phrases}
+        made = {
+            word_forms.fill(pattern, rng) for patterns in forms.values() for pattern in patterns for _ in range(300)
+        }
+        assert not made & kept
+        assert not [phrase for phrase in made if re.search(r"[\[\]|]|  ", phrase)]
+    # A pattern that can make nothing else but a held-out phrase would never end; one that can, must not make it.
+    said = {word_forms.fill("[reddish|crimson]", rng) for _ in range(50)}
+    assert said == {"crimson"}
+
+
+def test_held_out_templates_are_not_met_by_chance() -> None:
+    speaker = _Speaker(np.random.default_rng(6), held_out=False)
+    templates = {speaker.template() for _ in range(3000)}
+    assert len(templates) > 500
+    assert not templates & set(TEMPLATES[1])
+    assert all(t.index("{thing}") < t.index("{other}") for t in templates)
