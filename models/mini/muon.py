@@ -14,18 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from models.mini.mixed import has_bf16
+
 
 def orthogonal(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """About `U V^T` of `matrix = U S V^T`, by a quintic Newton-Schulz iteration (singular values end in 0.7..1.2)."""
+    """About `U V^T` of `matrix = U S V^T`, by a quintic Newton-Schulz iteration (singular values end in 0.7..1.2).
+
+    Rounding to bf16 disturbs it no more than its own coarseness does: it is so where the CPU multiplies in bf16.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x: torch.Tensor = matrix / (matrix.norm() + 1e-7)
+    x = x.bfloat16() if has_bf16() else x
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
     for _ in range(iterations):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

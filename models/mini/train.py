@@ -33,6 +33,7 @@ def main() -> None:
         "--frames", type=int, default=FRAMES, help=f"frames of a cached clip; {LONG} for causal training"
     )
     parser.add_argument("--start", type=Path, help="begin with this checkpoint's weights instead of from nothing")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser first (wants a C++ compiler)")
     options = parser.parse_args()
     run = Run(
         options.folder,
@@ -41,6 +42,7 @@ def main() -> None:
         workers=options.workers,
         learning_rate=options.learning_rate,
         start=options.start,
+        compile=options.compile,
     )
     match options.stage:
         case "latents":

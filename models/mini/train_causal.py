@@ -19,6 +19,7 @@ from diffusers import WanTransformer3DModel
 from models.mini.captions import build_tokenizer
 from models.mini.conditioning import Captioned
 from models.mini.latents import LONG
+from models.mini.mixed import Call, mixed
 from models.mini.networks import build_transformer
 from models.mini.samples import roll_out, score_samples, shifted
 from models.mini.train_dit import Normalised, noise_levels
@@ -51,7 +52,7 @@ def noised(clean: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 @torch.no_grad()
-def relived(sequence: CausalSequence, clean: torch.Tensor, states: torch.Tensor, steps: int = 2) -> torch.Tensor:
+def relived(sequence: Call, clean: torch.Tensor, states: torch.Tensor, steps: int = 2) -> torch.Tensor:
     """`clean` as the model would have made it: noised part of the way, by video, and denoised in `steps`."""
     start = torch.empty(len(clean), 1).uniform_(0.3, 0.8).expand(-1, CHUNKS)
     x, _ = noised(clean, start)
@@ -66,7 +67,7 @@ def train_causal(run: Run) -> None:
     data = Normalised(run.folder, LONG)
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 6])
     text, transformer = load(run, "dit")
-    sequence = CausalSequence(transformer, WINDOW)
+    sequence = mixed(CausalSequence(transformer, WINDOW), run.compile)
 
     def step(index: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         forcing = index % 10 < 3  # both workers alike: neither waits for the other
@@ -101,7 +102,7 @@ def train_distil(run: Run) -> None:
     _, transformer = load(run, "causal")
     text.requires_grad_(False)
     taught.requires_grad_(False)
-    teacher, student = CausalSequence(taught, WINDOW), CausalSequence(transformer, WINDOW)
+    teacher, student = (mixed(CausalSequence(module, WINDOW), run.compile) for module in (taught, transformer))
 
     def step(index: int, _: float) -> tuple[torch.Tensor, dict[str, float]]:
         batch = 4

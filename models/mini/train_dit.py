@@ -13,6 +13,7 @@ from torch import nn
 from models.mini.captions import build_tokenizer, caption
 from models.mini.conditioning import Captioned, start_from
 from models.mini.latents import Latents, latent_statistics
+from models.mini.mixed import mixed
 from models.mini.networks import build_transformer
 from models.mini.places import CHANNELS
 from models.mini.samples import sample, score_samples, shifted
@@ -86,6 +87,7 @@ def train_dit(run: Run) -> None:
         nn.init.zeros_(transformer.proj_out.weight)
         nn.init.zeros_(transformer.proj_out.bias)
     probe = Probe(transformer)
+    denoise = mixed(transformer, run.compile)
 
     def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         frames, batch = (5, 16) if progress < 0.6 and not run.start else (9, 12)
@@ -93,7 +95,7 @@ def train_dit(run: Run) -> None:
         sigma = noise_levels(batch)
         noise = torch.randn_like(clean)
         s = sigma[:, None, None, None, None]
-        velocity = transformer(
+        velocity = denoise(
             hidden_states=(1 - s) * clean + s * noise,
             timestep=sigma * 1000,
             encoder_hidden_states=text(prompts),

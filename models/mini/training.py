@@ -37,6 +37,7 @@ class Run:
     learning_rate: float = 1e-3
     save_every: int = 100
     start: Path | None = None  # a diffusers checkpoint whose weights a new stage begins with
+    compile: bool = False  # the denoiser: a minute or two at first, then steps in two thirds of the time
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property

@@ -8,6 +8,8 @@ torch = pytest.importorskip("torch", reason="training needs the export extra")
 
 import torch.distributed as dist  # noqa: E402
 
+from models.mini.mixed import has_bf16, mixed  # noqa: E402
+from models.mini.muon import orthogonal  # noqa: E402
 from models.mini.training import Average, Run, learning_rate, train  # noqa: E402
 
 
@@ -59,3 +61,43 @@ def test_the_learning_rate_warms_up_and_ends_low():
     assert learning_rate(0.0, 0, 1.0) == pytest.approx(0.02)
     assert learning_rate(0.4, 1000, 1.0) == 1.0
     assert learning_rate(1.0, 1000, 1.0) == pytest.approx(0.02)
+
+
+def test_mixed_precision_keeps_3d_convolutions_and_attention_in_fp32():
+    seen = {}
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = torch.nn.Conv3d(2, 8, (1, 2, 2), stride=(1, 2, 2))
+            self.inner = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            seen["conv3d"], hidden = tokens.dtype, self.inner(tokens)
+            seen["linear"] = hidden.dtype
+            attended = torch.nn.functional.scaled_dot_product_attention(hidden, key=hidden, value=hidden)
+            seen["attention"] = attended.dtype
+            return (self.inner(attended),)
+
+    torch.manual_seed(0)
+    module, x = Small(), torch.randn(2, 2, 3, 4, 4)
+    attention, convolution = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.conv3d
+    (got,) = mixed(module)(x)
+    assert (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.conv3d) == (attention, convolution)
+    assert seen == {
+        "conv3d": torch.float32,
+        "linear": torch.bfloat16 if has_bf16() else torch.float32,
+        "attention": torch.float32,
+    }
+    assert got.dtype == torch.float32
+    (exact,) = module(x)
+    torch.testing.assert_close(got, exact, atol=0.05, rtol=0.05)
+
+
+def test_orthogonal_has_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((16, 40), (40, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
