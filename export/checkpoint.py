@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import mkdtemp
 
 from export import captioner, parity
 from export.onnx import OPSET, ExportError, WeightFile, export_graph
 from export.proof import prove
 from export.settings import CheckpointSettings
 from export.small_models import SmallModels
+from export.workspace import check_place, replaced
 from models.bundle import (
     MANIFEST,
     Bundle,
@@ -49,8 +48,7 @@ def export_checkpoint(
     as it was before: the work happens in a sibling directory that is renamed at the end.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if output.exists() and not (output / MANIFEST).is_file() and not _is_empty(output):
-        raise ExportError(f"{output} exists and is no bundle: choose another place.")
+    check_place(output)
     settings = CheckpointSettings.load(checkpoint)
     plan = settings.plan(checkpoint)
     progress(f"Loading {checkpoint}")
@@ -60,15 +58,8 @@ def export_checkpoint(
     except (UnsupportedCheckpointError, OSError) as error:
         raise ExportError(str(error)) from error
     extras = SmallModels.of(checkpoint, family)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
+    with replaced(output) as folder:
         _write(family, graphs, extras, settings, plan, folder, progress, verify)
-        folder.chmod(0o755)
-        _replace(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return Bundle.load(output)
 
 
@@ -174,23 +165,3 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     tokenizer = json.loads(source.read_text(encoding="utf-8"))
     tokenizer["padding"] = tokenizer["truncation"] = None
     target.write_text(json.dumps(tokenizer, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _replace(folder: Path, output: Path) -> None:
-    """Put a finished bundle in place; an older one is moved aside first, since a directory can't be overwritten."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    old = Path(mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old / output.name)
-    try:
-        folder.rename(output)
-    except BaseException:
-        (old / output.name).rename(output)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -60,15 +60,15 @@ def export_graph(graph: Graph, weights: WeightFile) -> tuple[tuple[TensorInfo, .
         _trace(graph).save(raw, external_data=True)
         # Without the weights: a model above 2 GiB doesn't fit into one protobuf.
         model = onnx.load(raw, load_external_data=False)
-        _clean(model)
-        _move_weights(model, raw.parent, weights)
+        clean(model)
+        move_weights(model, raw.parent, weights)
     onnx.save(model, weights.path.parent / graph.file)
     return _tensors(model.graph.input), _tensors(model.graph.output)
 
 
 def _trace(graph: Graph) -> Any:
     # no_grad: with gradients on, the sdpa attention of transformers' T5 does not decompose.
-    with _quiet(), torch.no_grad(), graph.exportable:
+    with quiet(), torch.no_grad(), graph.exportable:
         try:
             return torch.onnx.export(
                 graph.module,
@@ -86,8 +86,8 @@ def _trace(graph: Graph) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """torch tells at length what it skips (torchvision, a folding); what matters is checked afterwards."""
+def quiet() -> Iterator[None]:
+    """torch and the quantisers tell at length what they skip; what matters is checked afterwards."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -97,7 +97,7 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _clean(model: onnx.ModelProto) -> None:
+def clean(model: onnx.ModelProto) -> None:
     """Drop stack traces, source paths and inferred shapes: size, privacy, and quantisers that trip over the shapes."""
     graph = model.graph
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
@@ -107,7 +107,7 @@ def _clean(model: onnx.ModelProto) -> None:
         part.doc_string = ""
 
 
-def _move_weights(model: onnx.ModelProto, folder: Path, weights: WeightFile) -> None:
+def move_weights(model: onnx.ModelProto, folder: Path, weights: WeightFile) -> None:
     """Large initialisers go to the weight file: as fp16 with a Cast where that loses nothing; ORT folds it on loading.
 
     A checkpoint saved in fp16 thus makes a bundle of the same size that still computes in fp32.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,14 @@ Call = Callable[[GraphName, Mapping[str, Array]], dict[str, Array]]
 PROMPT = "a red ball bouncing on a sand floor at sunset"
 STEPS = 3
 LEAST_PSNR, EQUAL_PSNR = 45.0, 100.0
+# Enough to see every range of noise.
+_CALIBRATION_STEPS = 8
 
 
 def prove(family: Family, graphs: Sequence[Graph], manifest: Manifest, folder: Path) -> ProofInfo:
     """Make a short video both ways. Raises `ExportError` if they differ by more than `LEAST_PSNR`."""
     start = time.perf_counter()
-    take = _take(manifest)
-    sessions = {name: parity.open_session(folder / info.file) for name, info in manifest.graphs.items()}
-
-    def engine(name: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = [output.name for output in sessions[name].get_outputs()]
-        return dict(zip(outputs, sessions[name].run(outputs, dict(feeds)), strict=True))
-
-    latents = denoise(engine, manifest, take, folder / manifest.text.tokenizer)
-    whole_first = manifest.latent.streaming == "overlapped"
-    # What seams cost is measured elsewhere: here an overlapped decoder gets everything at once.
-    chunk = latents.shape[2] if whole_first else manifest.chunk_latent_frames
-    chunks = [chunk] * (latents.shape[2] // chunk) + [latents.shape[2] % chunk] * bool(latents.shape[2] % chunk)
-    first, following = sessions["decoder_first"], sessions["decoder_next"]
-    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, whole_first=whole_first)
-    made = _levels(np.concatenate(list(streamed), axis=2)[0].transpose(1, 2, 3, 0) / 2 + 0.5)
+    made, take = render(manifest, folder)
 
     expected: NDArray[Any]
     if manifest.rollout == "causal" or manifest.sampler.name == "renoise":
@@ -78,6 +67,48 @@ def prove(family: Family, graphs: Sequence[Graph], manifest: Manifest, folder: P
         worst_frame_psnr_db=round(worst, 2),
         seconds=round(time.perf_counter() - start, 2),
     )
+
+
+def render(manifest: Manifest, folder: Path) -> tuple[NDArray[np.uint8], Take]:
+    """A short video `[frames, height, width, 3]` by the graphs in `folder`, and what was asked of them."""
+    take = _take(manifest)
+    call = _engines(manifest, folder)
+    latents = denoise(call, manifest, take, folder / manifest.text.tokenizer)
+    whole_first = manifest.latent.streaming == "overlapped"
+    # What seams cost is measured elsewhere: here an overlapped decoder gets everything at once.
+    chunk = latents.shape[2] if whole_first else manifest.chunk_latent_frames
+    chunks = [chunk] * (latents.shape[2] // chunk) + [latents.shape[2] % chunk] * bool(latents.shape[2] % chunk)
+    decoders: tuple[GraphName, ...] = ("decoder_first", "decoder_next")
+    first, following = (parity.open_session(folder / manifest.graphs[name].file) for name in decoders)
+    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, whole_first=whole_first)
+    return _levels(np.concatenate(list(streamed), axis=2)[0].transpose(1, 2, 3, 0) / 2 + 0.5), take
+
+
+def rollout_calls(manifest: Manifest, folder: Path, prompts: Sequence[str]) -> dict[GraphName, list[dict[str, Array]]]:
+    """Every graph's inputs in short rollouts of these prompts, for what wants to know the values' ranges."""
+    call = _engines(manifest, folder)
+    calls: dict[GraphName, list[dict[str, Array]]] = {}
+
+    def recorded(name: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        calls.setdefault(name, []).append({key: value.copy() for key, value in feeds.items()})
+        return call(name, feeds)
+
+    for seed, prompt in enumerate(prompts):
+        take = replace(_take(manifest, seed), prompt=prompt, steps=_CALIBRATION_STEPS)
+        denoise(recorded, manifest, take, folder / manifest.text.tokenizer)
+    return calls
+
+
+def _engines(manifest: Manifest, folder: Path) -> Call:
+    sessions: dict[GraphName, Any] = {}
+
+    def call(name: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if name not in sessions:
+            sessions[name] = parity.open_session(folder / manifest.graphs[name].file)
+        outputs = [output.name for output in sessions[name].get_outputs()]
+        return dict(zip(outputs, sessions[name].run(outputs, dict(feeds)), strict=True))
+
+    return call
 
 
 def compare(made: NDArray[np.uint8], expected: NDArray[np.uint8]) -> tuple[float, float]:
@@ -153,13 +184,13 @@ def _encode(call: Call, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> A
     return call("text_encoder", feeds)["hidden_states"]
 
 
-def _take(manifest: Manifest) -> Take:
+def _take(manifest: Manifest, seed: int = 7) -> Take:
     """The smallest size that may be asked for, and one latent frame more than a chunk."""
     latent, limits = manifest.latent, manifest.limits
     cell = latent.spatial * latent.patch
     side = -(-limits.min_side // cell) * latent.patch
     frames = manifest.chunk_latent_frames + 1
-    noise = np.random.default_rng(7).standard_normal((1, latent.channels, frames, side, side), dtype=np.float32)
+    noise = np.random.default_rng(seed).standard_normal((1, latent.channels, frames, side, side), dtype=np.float32)
     return Take(
         prompt=PROMPT,
         noise=torch.from_numpy(noise),

@@ -7,7 +7,6 @@ exported. TensorRT-RTX builds for GeForce and RTX cards (8.0, 8.6, 8.9, 12.0), n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from export.onnx import ExportError
+from export.shapes import size_of
 from models.bundle import GraphInfo
 
-# A dimension as torch names it: `batch`, `2*rows`, or a sum of such.
-_TERM = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*|\d+)")
 # Everything that is only known to TensorRT by its number (8.9: Ada).
 WITHOUT_GPU = (8, 9)
+_ENDS = ("least", "usual", "most")
 
 
 @dataclass(frozen=True)
@@ -34,28 +33,12 @@ class Extent:
 
 def profile_of(graph: GraphInfo, extents: Mapping[str, Extent]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Least, usual and largest shape of every input with dynamic dimensions. Raises `ExportError`."""
-    shapes = {}
-    for tensor in graph.inputs:
-        if any(isinstance(dim, str) for dim in tensor.shape):
-            shapes[tensor.name] = tuple(
-                tuple(_size(dim, extents, which) for dim in tensor.shape) for which in ("least", "usual", "most")
-            )
-    return shapes
-
-
-def _size(dim: int | str, extents: Mapping[str, Extent], which: str) -> int:
-    if isinstance(dim, int):
-        return dim
-    total = 0
-    for term in dim.replace(" ", "").split("+"):
-        match = _TERM.fullmatch(term)
-        if match is None:
-            raise ExportError(f"The dimension {dim} is no sum of symbols and multiples of them.")
-        factor, symbol = int(match[1] or 1), match[2]
-        if not symbol.isdigit() and symbol not in extents:
-            raise ExportError(f"There is no extent for the symbol {symbol} of the dimension {dim}.")
-        total += factor * (int(symbol) if symbol.isdigit() else getattr(extents[symbol], which))
-    return total
+    sizes = [{name: getattr(extent, which) for name, extent in extents.items()} for which in _ENDS]
+    return {
+        tensor.name: tuple(tuple(size_of(dim, symbols) for dim in tensor.shape) for symbols in sizes)
+        for tensor in graph.inputs
+        if any(isinstance(dim, str) for dim in tensor.shape)
+    }
 
 
 def build_plan(

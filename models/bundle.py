@@ -30,6 +30,7 @@ MANIFEST = "bundle.json"
 
 FamilyName = Literal["wan", "ltx"]
 Positions = Literal["window", "absolute"]
+Precision = Literal["fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 GraphName = Literal[
     "text_encoder",
     "denoiser",
@@ -231,6 +232,13 @@ class ProofInfo(_Strict):
     seconds: float = Field(ge=0)
 
 
+class PrecisionInfo(_Strict):
+    """What was made of an fp32 bundle; `parity` of the changed graphs and `proof` are then against that one."""
+
+    name: Precision
+    master: str = Field(pattern=r"^[0-9a-f]{64}$", description="The fp32 bundle's digest.")
+
+
 class Manifest(_Strict):
     """`bundle.json`."""
 
@@ -248,6 +256,7 @@ class Manifest(_Strict):
     limits: LimitsInfo
     rewriter: RewriterInfo | None = Field(default=None, description="None: prompts are taken as they are.")
     captioner: CaptionerInfo | None = Field(default=None, description="None: no captions, and no best of several.")
+    precision: PrecisionInfo | None = Field(default=None, description="None: fp32, the master of all others.")
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")

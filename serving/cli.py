@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -332,6 +332,45 @@ def export(
         with _console.status("exporting") as status:
             try:
                 export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)), verify=verify)
+            except ExportError as error:
+                _fail(str(error), BAD_INPUT)
+        print(output)
+
+
+@app.command()
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="An fp32 bundle's directory.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The new bundle's directory; a bundle that is there is replaced.")
+    ],
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp16 (for GPUs), int8 (activations by what comes), int8-static (by calibration), int8-weights, "
+            "int4-weights."
+        ),
+    ] = "int8",
+) -> None:
+    """Make a smaller bundle of an fp32 one, and compare both graph by graph and on a whole video."""
+    from models.bundle import Bundle as LoadedBundle
+    from models.bundle import Precision
+
+    try:
+        from export.onnx import ExportError
+        from export.precision import quantize as quantize_bundle
+    except ImportError as error:
+        _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
+    if precision not in get_args(Precision):
+        _fail(f"--precision must be one of {', '.join(get_args(Precision))}, not {precision!r}", BAD_INPUT)
+    with _said_in_one_line():
+        with _console.status("converting") as status:
+            try:
+                quantize_bundle(
+                    LoadedBundle.load(bundle),
+                    output,
+                    cast(Precision, precision),
+                    progress=lambda said: status.update(_plain(said)),
+                )
             except ExportError as error:
                 _fail(str(error), BAD_INPUT)
         print(output)

@@ -17,7 +17,7 @@ from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM, tiny_vae
 from tokenizers import Tokenizer
 
 from export import checkpoint as export_checkpoint_module
-from export import parity
+from export import parity, workspace
 from export.checkpoint import export_checkpoint
 from export.onnx import ExportError, WeightFile, export_graph, leaks
 from models import wan_graphs
@@ -399,6 +399,6 @@ def test_a_new_bundle_replaces_the_old_one(tiny_bundle: Bundle, folder: Path) ->
     shutil.copytree(tiny_bundle.root, folder / "bundle")
     shutil.copytree(tiny_bundle.root, folder / "new")
     (folder / "bundle" / "left over").write_text("")
-    export_checkpoint_module._replace(folder / "new", folder / "bundle")
+    workspace._replace(folder / "new", folder / "bundle")
     assert entries(folder) == ["bundle"]
     assert entries(folder / "bundle") == entries(tiny_bundle.root)
