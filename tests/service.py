@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy import create_engine, text
 
 from models.bundle import Bundle
@@ -37,6 +38,21 @@ def assert_envelope(response: httpx.Response, status: int, param: str | None) ->
     assert body["error"]["param"] == param
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"]
+
+
+@asynccontextmanager
+async def served(api: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """`api` on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            await serving
 
 
 class Service:
@@ -113,24 +129,18 @@ class WholeService:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[httpx.AsyncClient]:
-        """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
+        """A runner, and the API on a real socket."""
         runner = self.runner = self.new_runner()
 
         async def wake() -> None:
             runner.wake()
 
         api = create_api(self.storage, {"tiny": self.bundle}, wake, aliases={"sora-2": "tiny"})
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
-            serving = asyncio.create_task(server.serve(sockets=[listening]))
-            batches = BatchWorker(self.storage, Catalog({"tiny": self.bundle}, {}))
+        batches = BatchWorker(self.storage, Catalog({"tiny": self.bundle}, {}))
+        async with served(api) as client:
             working = asyncio.gather(runner.run(), batches.run(poll_seconds=0.05))
             try:
-                url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-                async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-                    yield client
+                yield client
             finally:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
-                server.should_exit = True
-                await serving

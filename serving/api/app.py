@@ -14,11 +14,14 @@ from serving.api.beginnings import DEFAULT_REFERENCES, Beginnings, ReferencePoli
 from serving.api.body import BodyLimit
 from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
 from serving.api.errors import ERRORS, install_error_handlers
+from serving.api.events import events_router
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
+from serving.api.hls import hls_router
 from serving.api.models import Catalog, models_router
 from serving.api.queueing import TAKE_FILES, VideoQueue
 from serving.api.references import references_router
+from serving.api.streams import streams_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
 from serving.jobs.storage import Storage
@@ -53,6 +56,9 @@ def create_api(
     for videos in (
         references_router(catalog, webhooks, queue, beginnings),
         videos_router(storage, catalog, webhooks, queue, beginnings),
+        streams_router(storage, queue),
+        events_router(storage, queue),
+        hls_router(storage, catalog, queue),
     ):
         app.include_router(videos, dependencies=gate, responses=ERRORS)
     app.include_router(models_router(catalog), dependencies=gate, responses=ERRORS)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from sqlalchemy import Connection, func, select, tuple_
+from sqlalchemy import Connection, Select, func, select, tuple_
 
 from serving.jobs.database import Database
 from serving.jobs.tables import videos as _videos
@@ -17,6 +17,8 @@ from serving.jobs.video import Video, VideoStatus
 _SAMPLE = 20
 _QUEUE_AHEAD = 200
 _PACE_SECONDS = 5.0
+# A place in the queue beyond this one is told as this one.
+_POSITIONS = 10_000
 
 
 class Estimates:
@@ -36,6 +38,16 @@ class Estimates:
         if running and video.progress >= 5 and video.started_at is not None:
             return (self._clock() - video.started_at) * (100 - video.progress) / video.progress
         return await asyncio.to_thread(self._from_pace, video)
+
+    async def videos_ahead(self, video: Video) -> int:
+        """How many queued videos come before this queued one, as far as one looks."""
+        return await asyncio.to_thread(self._videos_ahead, video)
+
+    def _videos_ahead(self, video: Video) -> int:
+        ahead = _ahead(video).limit(_POSITIONS).subquery()
+        with self._database.read() as connection:
+            count: int = connection.execute(select(func.count()).select_from(ahead)).scalar_one()
+        return count
 
     def _from_pace(self, video: Video) -> float | None:
         with self._database.read() as connection:
@@ -63,18 +75,21 @@ def _pace(connection: Connection) -> float | None:
     return sum(row.completed_at - row.started_at for row in rows) / work if work else None
 
 
-def _work_ahead(connection: Connection, video: Video) -> float:
+def _ahead(video: Video) -> Select[tuple[float]]:
+    """The work of the queued videos that come before this one, in order."""
     columns = _videos.c
-    ahead = (
+    return (
         select(columns.work)
         .where(
             columns.status == VideoStatus.QUEUED,
             tuple_(columns.priority, columns.created_at, columns.id) < (video.priority, video.created_at, video.id),
         )
         .order_by(columns.priority, columns.created_at, columns.id)
-        .limit(_QUEUE_AHEAD)
-        .subquery()
     )
+
+
+def _work_ahead(connection: Connection, video: Video) -> float:
+    ahead = _ahead(video).limit(_QUEUE_AHEAD).subquery()
     total: float | None = connection.execute(select(func.sum(ahead.c.work))).scalar_one()
     return total or 0.0
 
