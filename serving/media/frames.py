@@ -58,9 +58,12 @@ def read_all(path: Path, width: int, height: int, count: int) -> NDArray[np.uint
 
 
 def write_exactly(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int) -> int:
-    """Write RGB frames so that `read_all` gives back every bit of them (FFV1); how many there were."""
+    """Write RGB frames so that `read_all` gives back every bit of them (FFV1); how many there were.
+
+    The same frames make the same file: Matroska's random ids are left out.
+    """
     count = 0
-    with av.open(str(path), "w", format="matroska") as container:
+    with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         stream = None
         for frame in frames:
             if stream is None:
