@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import AsyncIterator
-from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import av
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from pictures import PICTURE, Frames, clip, data_url, png, shaded
 from service import Service, WholeService, assert_envelope
 
 from models.bundle import Bundle
 from serving.jobs.artifacts import video_key
 from serving.jobs.store import Video
 from serving.media.fmp4 import encode_fragment, remux_to_mp4
-from serving.media.frames import read_all, read_frames, write_exactly
+from serving.media.frames import read_all, read_frames
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.local import LocalPipeline
 
 ASKED = {"prompt": "a red ball", "seconds": 1, "size": "64x64", "seed": 7, "num_inference_steps": 4}
-Frames = NDArray[np.uint8]
-
-
-def shaded(width: int = 64, height: int = 64, shade: int = 0) -> Frames:
-    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return np.stack([across, down, np.full_like(across, shade)], axis=-1).astype(np.uint8)
-
-
-def png(picture: Frames) -> bytes:
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width, encoder.pix_fmt = *picture.shape[:2], "rgb24"
-    encoder.time_base = Fraction(1, 25)
-    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
-
-
-def clip(folder: Path, count: int, fps: int = 16, side: int = 64) -> bytes:
-    path = folder / "clip.mkv"
-    write_exactly(path, (shaded(side, side, 5 * index) for index in range(count)), fps)
-    return path.read_bytes()
-
-
-PICTURE = png(shaded())
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def upload(data: bytes = PICTURE, **fields: Any) -> dict[str, Any]:
@@ -160,7 +130,6 @@ async def test_a_bad_picture_is_refused_and_leaves_nothing(
 
 async def test_what_else_is_refused_leaves_nothing(service: Service, client: httpx.AsyncClient, tmp_path: Path) -> None:
     moving = clip(tmp_path, 5)
-    (tmp_path / "clip.mkv").unlink()
     assert_envelope(await client.post("/v1/videos", **upload(moving)), 400, "input_reference")
     assert_envelope(await client.post("/v1/videos", **upload(b"")), 400, "input_reference")
     assert_envelope(await client.post("/v1/videos", **upload(size="65x64")), 400, "size")
