@@ -19,7 +19,9 @@ from serving.api.events import events_router
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
 from serving.api.hls import hls_router
+from serving.api.load import AskStages, load_router, no_stages
 from serving.api.models import Catalog, models_router
+from serving.api.playground import playground_router
 from serving.api.queueing import TAKE_FILES, VideoQueue
 from serving.api.references import references_router
 from serving.api.streams import streams_router
@@ -40,11 +42,12 @@ def create_api(
     max_file_bytes: int = 200 << 20,
     rewriter: RewriterConfig | None = None,
     references: ReferencePolicy = DEFAULT_REFERENCES,
+    ask_stages: AskStages = no_stages,
 ) -> FastAPI:
-    """Everything under `/v1`, and `/health`.
+    """Everything under `/v1`, `/health`, and the page at `/`.
 
     `wake` tells the runners that there is a new video in the store; `aliases` are other names for models;
-    `require_keys` lets in only who has an API key.
+    `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
@@ -66,6 +69,9 @@ def create_api(
     app.include_router(models_router(catalog), dependencies=gate, responses=ERRORS)
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
+
+    app.include_router(load_router(storage, ask_stages), dependencies=gate, responses=ERRORS)
+    app.include_router(playground_router())
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:

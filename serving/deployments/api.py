@@ -7,14 +7,19 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
+from serving.api.load import StageLoad
 from serving.config import ServiceConfig
 from serving.deployments.storage import open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
+
+# As `build_app` names their deployments, behind the model's name.
+STAGES = ("text-encoder", "denoiser", "decoder")
 
 
 class ApiDeployment:
@@ -38,7 +43,23 @@ class ApiDeployment:
             max_file_bytes=config.api.max_file_bytes,
             rewriter=config.text_encoder.rewriter,
             references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
+            ask_stages=self._stages,
         )
+
+    async def _stages(self) -> list[StageLoad]:
+        """As Ray Serve's controller counts their replicas."""
+        application = serve.get_replica_context().app_name
+        status = await asyncio.to_thread(serve.status)
+        deployments = status.applications[application].deployments
+        loads = []
+        for model in self._config.models:
+            for stage in STAGES:
+                states = deployments[f"{model}-{stage}"].replica_states
+                total = sum(states.values()) - states.get("STOPPING", 0)
+                loads.append(
+                    StageLoad(model=model, stage=stage, replicas=states.get("RUNNING", 0), target_replicas=total)
+                )
+        return loads
 
     async def _wake(self) -> None:
         """Tell a runner, without making the client wait for it: runners look by themselves too, only later."""

@@ -39,6 +39,14 @@ class Estimates:
             return (self._clock() - video.started_at) * (100 - video.progress) / video.progress
         return await asyncio.to_thread(self._from_pace, video)
 
+    async def unfinished(self) -> tuple[int, int]:
+        """How many videos are queued, and how many in progress."""
+        return await asyncio.to_thread(self._unfinished)
+
+    def _unfinished(self) -> tuple[int, int]:
+        with self._database.read() as connection:
+            return _count(connection, VideoStatus.QUEUED), _count(connection, VideoStatus.IN_PROGRESS)
+
     async def videos_ahead(self, video: Video) -> int:
         """How many queued videos come before this queued one, as far as one looks."""
         return await asyncio.to_thread(self._videos_ahead, video)
@@ -58,7 +66,9 @@ class Estimates:
             if video.status is VideoStatus.IN_PROGRESS:
                 spent = self._clock() - (video.started_at or self._clock())
                 return max(0.0, self._pace * video.work - spent)
-            return self._pace * (video.work + _work_ahead(connection, video) / max(1, _running(connection)))
+            return self._pace * (
+                video.work + _work_ahead(connection, video) / max(1, _count(connection, VideoStatus.IN_PROGRESS))
+            )
 
 
 def _pace(connection: Connection) -> float | None:
@@ -94,7 +104,7 @@ def _work_ahead(connection: Connection, video: Video) -> float:
     return total or 0.0
 
 
-def _running(connection: Connection) -> int:
-    query = select(func.count()).select_from(_videos).where(_videos.c.status == VideoStatus.IN_PROGRESS)
+def _count(connection: Connection, status: VideoStatus) -> int:
+    query = select(func.count()).select_from(_videos).where(_videos.c.status == status)
     count: int = connection.execute(query).scalar_one()
     return count
