@@ -40,14 +40,20 @@ class ApiDeployment:
             references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
         )
 
-    async def _wake(self) -> None:
-        """Tell a runner, without making the client wait for it: runners look by themselves too, only later."""
-        task = asyncio.create_task(self._tell())
+    async def _wake(self, video_id: str | None = None) -> None:
+        """Tell the runners, without making the client wait for it: they look by themselves too, only later.
+
+        Of a new video one of them, of one that is to stop all: nobody here knows whose it is.
+        """
+        task = asyncio.create_task(self._tell(video_id))
         self._wakes.add(task)
         task.add_done_callback(self._wakes.discard)
 
-    async def _tell(self) -> None:
+    async def _tell(self, video_id: str | None) -> None:
         try:
-            await self._runner.wake.remote()
+            if video_id is None:
+                await self._runner.wake.remote()
+            else:
+                await self._runner.broadcast("tell", video_id).results_async()
         except Exception:
-            _log.warning("no runner could be told of a new video", exc_info=True)
+            _log.warning("no runner could be told of the news", exc_info=True)

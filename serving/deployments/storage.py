@@ -15,7 +15,10 @@ def open_storage(config: ServiceConfig) -> Storage:
     config.data_dir.mkdir(parents=True, exist_ok=True)
     database = Database.open(config.resolved_store_url)
     videos = SqlVideoStore(
-        database, max_attempts=config.runner.max_attempts, retention_seconds=config.retention_days * 86400
+        database,
+        max_attempts=config.runner.max_attempts,
+        max_lapses=config.runner.max_lapses,
+        retention_seconds=config.retention_days * 86400,
     )
     artifacts = Artifacts(config.data_dir, config.artifacts_url, config.artifacts_options)
     return Storage.over(database, videos, artifacts)
