@@ -28,9 +28,17 @@ _TRY_IT = """\
 
 Ctrl-C stops it."""
 
+_LOOK_SECONDS = 0.1
+
+
+class ServiceDied(OSError):  # noqa: N818
+    """The service ended by itself."""
+
 
 def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
-    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one stops at once."""
+    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one puts them back into
+    the queue, where the next start finds them. Raises `ServiceDied` when Ray dies under it: whoever started this may
+    start it again, and nothing is lost by that."""
     with ExitStack() as running:
         with console.status("starting"):
             service = running.enter_context(local_service(config))
@@ -38,7 +46,9 @@ def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
         models = ", ".join(config.models)
         console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
         with _Signals() as signals:
-            signals.wait()
+            while not signals.came():
+                _check(service)
+                time.sleep(_LOOK_SECONDS)
             _drain(service, signals, console)
 
 
@@ -104,6 +114,11 @@ def _boxes(parts: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
             pending = pending[size:]
 
 
+def _check(service: LocalService) -> None:
+    if dead := service.dead():
+        raise ServiceDied(f"Ray has died ({', '.join(dead)}); start again, and every video is gone on with")
+
+
 def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
     if count := service.running():
         console.print(
@@ -111,8 +126,11 @@ def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
         )
     drained = threading.Thread(target=service.drain, daemon=True)
     drained.start()
-    while drained.is_alive() and not signals.again():
-        drained.join(0.1)
+    while drained.is_alive() and not signals.came(twice=True):
+        _check(service)
+        drained.join(_LOOK_SECONDS)
+    if drained.is_alive():
+        service.hand_back()
 
 
 class _Signals:
@@ -134,9 +152,5 @@ class _Signals:
     def _came(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
 
-    def wait(self) -> None:
-        while not self._count:
-            time.sleep(0.1)
-
-    def again(self) -> bool:
-        return self._count > 1
+    def came(self, *, twice: bool = False) -> bool:
+        return self._count > twice

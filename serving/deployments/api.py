@@ -12,7 +12,7 @@ from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.config import ServiceConfig
-from serving.deployments.storage import open_storage, webhook_policy
+from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class ApiDeployment:
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
         return create_api(
-            open_storage(config),
+            open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS),
             {name: Bundle.load(path) for name, path in config.models.items()},
             self._wake,
             aliases=config.model_aliases,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import retry_if_not_exception_type, stop_after_delay, wait_exponential
+from tenacity import before_sleep_log, retry_if_not_exception_type, stop_after_delay, wait_exponential
 from tenacity.asyncio import AsyncRetrying
 
 from serving.jobs.artifacts import Artifact, Artifacts, checkpoint_key, video_key
@@ -194,7 +194,12 @@ class Attempt:
         """What has been made is not to be lost because the store is away for a moment, such as for a restart."""
         gone = retry_if_not_exception_type((StaleFence, VideoNotFound))
         waits, stops = wait_exponential(multiplier=0.1, max=1), stop_after_delay(self._settings.lease_seconds)
-        return await AsyncRetrying(retry=gone, wait=waits, stop=stops, reraise=True)(write)
+        says = before_sleep_log(_log, logging.WARNING)
+
+        async def once() -> Video:
+            return await write()
+
+        return await AsyncRetrying(retry=gone, wait=waits, stop=stops, before_sleep=says, reraise=True)(once)
 
     async def _fail(self, code: str, message: str) -> None:
         video, videos_dir = self._video, self._artifacts.videos_dir

@@ -36,6 +36,7 @@ _ENVIRONMENT = {
 # Latents and fragments in flight; Ray would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
 _PROXY_SECONDS = 120
+_HAND_BACK_SECONDS = 15
 
 
 class StartError(OSError):
@@ -51,13 +52,23 @@ class LocalService:
 
     def running(self) -> int:
         """Videos in hand."""
-        count: int = self._runner.running.remote().result()
-        return count
+        return sum(self._runner.broadcast("running").results())
 
     def drain(self) -> None:
         """Take no new video, and return when those in hand have ended; queued ones stay in the store."""
-        for _ in self._runner.broadcast("drain").results():
-            pass
+        self._runner.broadcast("drain").results()
+
+    def hand_back(self) -> None:
+        """Put the videos in hand back into the queue, with all that is made of them kept; for some seconds at most."""
+        with suppress(TimeoutError):
+            self._runner.broadcast("hand_back").results(timeout_s=_HAND_BACK_SECONDS)
+
+    def dead(self) -> list[str]:
+        """Those of Ray's own processes that have died, without which nothing here works; empty while all is well."""
+        import ray
+
+        node = ray._private.worker._global_node  # Ray has no other way to ask
+        return ["ray"] if node is None else sorted({kind for kind, _ in node.dead_processes()})
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from serving.deployments.attempt import Stages
@@ -28,9 +28,11 @@ from serving.pipeline.stages import (
     VideoSpec,
 )
 
+# The replica, or the machine that had what it answered.
+_GONE = (RayActorError, ObjectLostError)
 # For calls that any replica can answer. Ray sends the next one to a replica that lives.
 _ask_another = retry(
-    retry=retry_if_exception_type(RayActorError),
+    retry=retry_if_exception_type(_GONE),
     stop=stop_after_attempt(5),
     wait=wait_random_exponential(multiplier=0.3, max=5),
     reraise=True,
@@ -79,7 +81,7 @@ class RemoteDenoiser:
         try:
             async for event in events:
                 yield event
-        except RayActorError as error:
+        except _GONE as error:
             raise LostSession(f"{request.video_id}: the denoiser's replica is gone") from error
         finally:
             # Without effect after the end; before it, the replica's generator is cancelled where it waits.
@@ -106,7 +108,7 @@ class RemoteDecoder:
         try:
             # A cancelled video is closed from a cancelled task: the call must get through all the same.
             await asyncio.shield(self._close(video_id))
-        except RayActorError:
+        except _GONE:
             return
 
     @_ask_another
@@ -117,7 +119,7 @@ class RemoteDecoder:
     async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
         try:
             return await getattr(self._session(video_id), method).remote(video_id, *args)
-        except RayActorError as error:
+        except _GONE as error:
             # The replica died, and the session with it: the next call goes to another one.
             raise LostSession(f"{video_id}: the decoder's replica is gone") from error
 

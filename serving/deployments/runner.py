@@ -16,7 +16,7 @@ from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
 from serving.deployments.courier import Courier
 from serving.deployments.remote import StageHandles, remote_stages
-from serving.deployments.storage import open_storage, webhook_policy
+from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
 from serving.jobs.sweeper import Sweeper
@@ -136,7 +136,7 @@ class RunnerDeployment:
     """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
     def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
-        storage = open_storage(config)
+        storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         self._runner = Runner(
             storage,

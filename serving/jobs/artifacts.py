@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import before_sleep_log, retry, retry_if_not_exception_type, stop_after_delay, wait_exponential
 
 from serving.jobs.fragment_log import FragmentLog
 
@@ -38,6 +38,15 @@ CHECKPOINTS = "checkpoints"
 _THREADS = 64
 
 _T = TypeVar("_T")
+
+
+_patient = retry(
+    retry=retry_if_not_exception_type(FileNotFoundError),
+    stop=stop_after_delay(_PATIENCE_SECONDS),
+    wait=wait_exponential(multiplier=0.2, max=10),
+    before_sleep=before_sleep_log(_log, logging.WARNING),
+    reraise=True,
+)
 
 
 class ArtifactError(OSError):
@@ -111,8 +120,9 @@ class Artifacts:
         finally:
             await asyncio.to_thread(file.close)
 
+    @_patient
     def fetch(self, key: str, target: Path) -> None:
-        """Copy a file to `target`. Raises `FileNotFoundError`."""
+        """Copy a file to `target`. Tries for a minute when the file store fails; raises `FileNotFoundError` at once."""
         with self._files.open(self._path(key), "rb") as file, target.open("wb") as copy:
             shutil.copyfileobj(file, copy, _PIECE_BYTES)
 
@@ -174,13 +184,7 @@ class Artifacts:
             raise ValueError(f"not a key: {key!r}")
         return f"{self._root.rstrip('/')}/{key}"
 
-    @retry(
-        retry=retry_if_exception_type(Exception),
-        stop=stop_after_delay(_PATIENCE_SECONDS),
-        wait=wait_exponential(multiplier=0.2, max=10),
-        before_sleep=before_sleep_log(_log, logging.WARNING),
-        reraise=True,
-    )
+    @_patient
     def _put(self, path: str, source: Path) -> None:
         self._put_once(path, source)
 

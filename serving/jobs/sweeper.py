@@ -67,10 +67,10 @@ class Sweeper:
 
     async def _sweep_checkpoints(self) -> None:
         """Those of videos that have ended without an attempt that could remove them, or that are gone."""
-        for video_id in await asyncio.to_thread(self._artifacts.names, CHECKPOINTS):
+        for video_id in await self._artifacts.in_thread(self._artifacts.names, CHECKPOINTS):
             video = await self._store.get(video_id)
             if video is None or video.status.final:
-                await asyncio.to_thread(self._artifacts.remove_all, checkpoint_key(video_id))
+                await self._artifacts.in_thread(self._artifacts.remove_all, checkpoint_key(video_id))
 
     async def remove(self, video: Video) -> None:
         """Delete one video that has ended."""
