@@ -24,7 +24,7 @@ from serving.jobs.video import is_video_id
 # For the OpenAPI document: it is read from the request where it is needed.
 IdempotencyKey = Annotated[str | None, Header()]
 # Paths whose bodies may hold a video or a picture.
-TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions")
+TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions", "/v1/videos/characters")
 _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 
 
@@ -118,6 +118,7 @@ def body_document(body: type[BaseModel], *, video: bool = False, picture: bool =
             schema["properties"]["input_reference"] = {
                 "anyOf": [_reference("image_url"), _reference("file_id"), *upload]
             }
+            schema["properties"]["characters"] = {"type": "array", "items": _reference("id"), "maxItems": 1}
         document[kind] = {"schema": schema}
     return {"requestBody": {"required": True, "content": document}}
 
