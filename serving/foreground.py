@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import tempfile
@@ -31,25 +32,34 @@ Ctrl-C stops it."""
 _LOOK_SECONDS = 0.1
 
 
-class ServiceDied(OSError):  # noqa: N818
-    """The service ended by itself."""
+class _RayDied(Exception):  # noqa: N818
+    """Some of its processes; the message says which."""
 
 
 def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
     """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one puts them back into
-    the queue, where the next start finds them. Raises `ServiceDied` when Ray dies under it: whoever started this may
-    start it again, and nothing is lost by that."""
+    the queue, where the next start finds them.
+
+    When Ray dies under it, this process ends with status 1: whoever started it may start it again, and nothing is lost
+    by that.
+    """
     with ExitStack() as running:
         with console.status("starting"):
             service = running.enter_context(local_service(config))
         body = json.dumps({"prompt": "a red ball bouncing on a sand floor at sunset", "stream": True})
         models = ", ".join(config.models)
         console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
-        with _Signals() as signals:
-            while not signals.came():
-                _check(service)
-                time.sleep(_LOOK_SECONDS)
-            _drain(service, signals, console)
+        try:
+            with _Signals() as signals:
+                while not signals.came():
+                    _check(service)
+                    time.sleep(_LOOK_SECONDS)
+                _drain(service, signals, console)
+        except _RayDied as died:
+            console.print(f"[red]rushes:[/] Ray has died ({died}); start again, and every video is gone on with")
+            service.kill()
+            # Not by an exception: Ray's own handlers would wait for what is dead.
+            os._exit(1)
 
 
 def run_demo(models: Mapping[str, Path], request: Mapping[str, Any], output: Path, console: Console) -> None:
@@ -116,7 +126,7 @@ def _boxes(parts: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
 
 def _check(service: LocalService) -> None:
     if dead := service.dead():
-        raise ServiceDied(f"Ray has died ({', '.join(dead)}); start again, and every video is gone on with")
+        raise _RayDied(", ".join(dead))
 
 
 def _drain(service: LocalService, signals: _Signals, console: Console) -> None:

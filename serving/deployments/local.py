@@ -37,6 +37,7 @@ _ENVIRONMENT = {
 _OBJECT_STORE_BYTES = 512 << 20
 _PROXY_SECONDS = 120
 _HAND_BACK_SECONDS = 15
+_VITAL = {"gcs_server", "raylet"}
 
 
 class StartError(OSError):
@@ -65,10 +66,14 @@ class LocalService:
 
     def dead(self) -> list[str]:
         """Those of Ray's own processes that have died, without which nothing here works; empty while all is well."""
-        import ray
+        node = _ray_node()
+        return ["ray"] if node is None else sorted({kind for kind, _ in node.dead_processes()} & _VITAL)
 
-        node = ray._private.worker._global_node  # Ray has no other way to ask
-        return ["ray"] if node is None else sorted({kind for kind, _ in node.dead_processes()})
+    def kill(self) -> None:
+        """End what is left of a Ray that has died: to stop it as usual would take the minute that it waits for its
+        head. The replicas end with the raylet."""
+        if node := _ray_node():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 @contextmanager
@@ -112,6 +117,13 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
         if ray.is_initialized():
             _forget_handles(serve)
         ray.shutdown()
+
+
+def _ray_node() -> Any:
+    """Ray has no other way to ask for the processes that it started here."""
+    import ray
+
+    return ray._private.worker._global_node
 
 
 def _forget_handles(serve: Any) -> None:

@@ -242,7 +242,7 @@ class Service(WholeService):
     def __init__(self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path) -> None:
         super().__init__(bundle, pipeline, data_dir)
         self.fuse = Fuse()
-        self.stages["denoiser"] = watched(pipeline, self.fuse)
+        self.denoiser = self.stages["denoiser"] = watched(pipeline, self.fuse)
         self.stages["bundle_digest"] = bundle.digest
         self.decodes = Fuse()
         for name in ("_first", "_following"):
@@ -261,7 +261,7 @@ class Service(WholeService):
 async def service(bundle: Bundle, pipeline: LocalPipeline, tmp_path: Path) -> AsyncIterator[Service]:
     opened = Service(bundle, pipeline, tmp_path)
     yield opened
-    await opened.stages["denoiser"].stop()
+    await opened.denoiser.stop()
 
 
 BODY = {"prompt": "a red ball", "seconds": 2, "size": "64x64", "seed": 7, "num_inference_steps": 4}
