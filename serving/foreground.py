@@ -44,17 +44,18 @@ def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
     by that.
     """
     with ExitStack() as running:
+        signals = running.enter_context(_Signals())
         with console.status("starting"):
             service = running.enter_context(local_service(config))
+        signals.up()
         body = json.dumps({"prompt": "a red ball bouncing on a sand floor at sunset", "stream": True})
         models = ", ".join(config.models)
         console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
         try:
-            with _Signals() as signals:
-                while not signals.came():
-                    _check(service)
-                    time.sleep(_LOOK_SECONDS)
-                _drain(service, signals, console)
+            while not signals.came():
+                _check(service)
+                time.sleep(_LOOK_SECONDS)
+            _drain(service, signals, console)
         except _RayDied as died:
             console.print(f"[red]rushes:[/] Ray has died ({died}); start again, and every video is gone on with")
             service.kill()
@@ -144,10 +145,11 @@ def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
 
 
 class _Signals:
-    """SIGINT and SIGTERM as something to wait for, in the main thread."""
+    """SIGINT and SIGTERM, in the main thread: an end to the start, and something to look for once the service is up."""
 
     def __init__(self) -> None:
         self._count = 0
+        self._up = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -159,8 +161,14 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _came(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+    def up(self) -> None:
+        """From here on signals are counted."""
+        self._up = True
 
     def came(self, *, twice: bool = False) -> bool:
         return self._count > twice
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if not self._up:
+            raise KeyboardInterrupt

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -96,6 +98,7 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address="local",
@@ -105,6 +108,8 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
                 logging_level="ERROR",
                 log_to_driver=False,
             )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process with a stack trace
             _start_serve(serve, config)
             serve.run(build_app(config), name=APP_NAME, route_prefix="/")
             _wait_for_proxy(url)
