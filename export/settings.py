@@ -10,15 +10,25 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from export.onnx import ExportError
-from models.bundle import LimitsInfo, Positions, SamplerInfo, TokenShift
+from models.bundle import BetasInfo, LimitsInfo, Positions, SamplerInfo, TokenShift
 from models.families import Defaults, Plan, defaults_of
-from models.samplers import SamplerName
+from models.samplers import VARIANCE_PRESERVING, SamplerName
 from models.window import ContextWindow
 
 SETTINGS = "rushes.json"
 SAMPLERS: dict[str, SamplerName] = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "UniPCMultistepScheduler": "unipc",
+    "CogVideoXDDIMScheduler": "ddim",
+    "CogVideoXDPMScheduler": "dpm",
+}
+# What a variance-preserving scheduler's config must say, for it is all that is computed here.
+_PREDICTS_V = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "trained_betas": None,
 }
 
 
@@ -111,7 +121,9 @@ class CheckpointSettings(BaseModel):
         """The manifest's sampler, from these settings and the checkpoint's scheduler config. Raises `ExportError`."""
         kind = str(scheduler.get("_class_name"))
         name = self.sampler.name or SAMPLERS.get(kind)
-        shift = self.sampler.shift or scheduler.get("flow_shift") or scheduler.get("shift")
+        shift = self.sampler.shift
+        for key in ("flow_shift", "shift", "snr_shift_scale"):
+            shift = shift or scheduler.get(key)
         if name is None or shift is None:
             raise ExportError(
                 f"The scheduler {kind} is unknown: give `sampler.name` and `sampler.shift` in {SETTINGS}."
@@ -130,7 +142,27 @@ class CheckpointSettings(BaseModel):
             if dynamic
             else None,
             terminal=scheduler.get("shift_terminal") if name == "euler" else None,
+            betas=_betas(scheduler) if name in VARIANCE_PRESERVING else None,
             num_train_timesteps=scheduler.get("num_train_timesteps", 1000),
             num_inference_steps=self.sampler.num_inference_steps,
             guidance_scale=self.sampler.guidance_scale,
         )
+
+
+def _betas(scheduler: dict[str, Any]) -> BetasInfo:
+    """Raises `ExportError` for a schedule that is not computed here."""
+    for key, wanted in _PREDICTS_V.items():
+        if scheduler.get(key, wanted) != wanted:
+            raise ExportError(f"The scheduler's `{key}` must be {wanted}, not {scheduler[key]}.")
+    try:
+        return BetasInfo(
+            start=scheduler["beta_start"],
+            end=scheduler["beta_end"],
+            zero_terminal=scheduler["rescale_betas_zero_snr"],
+            spacing=scheduler["timestep_spacing"],
+        )
+    except KeyError as error:
+        raise ExportError(f"The scheduler's config lacks {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ExportError(f"The scheduler's config is wrong at `{first['loc'][0]}`: {first['msg']}.") from error

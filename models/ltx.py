@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers.loaders import LTXVideoLoraLoaderMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
@@ -38,6 +39,7 @@ class LtxFamily:
 
     name: FamilyName = "ltx"
     experts: ExpertsInfo | None = None
+    lora_loader = LTXVideoLoraLoaderMixin
 
     def __init__(
         self, text_encoder: Any, transformer: Any, vae: Any, scheduler: dict[str, Any], tokenizer: Path
@@ -79,6 +81,10 @@ class LtxFamily:
         )
         scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
         return cls(text_encoder.eval(), transformer, vae, scheduler, tokenizer)
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        return {"transformer": self.transformer}
 
     def cache_size(self) -> tuple[int, int]:
         raise UnsupportedCheckpointError("LTX has no causal rollout.")

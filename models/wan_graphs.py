@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import WanPipeline
+from diffusers.loaders import WanLoraLoaderMixin
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import Dim
@@ -38,6 +39,7 @@ class WanFamily:
     """A `WanPipeline` checkpoint; see `models.families.Family`."""
 
     name: FamilyName = "wan"
+    lora_loader = WanLoraLoaderMixin
 
     def __init__(self, checkpoint: WanCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -62,10 +64,15 @@ class WanFamily:
 
     @classmethod
     def open(cls, path: Path, plan: Plan) -> WanFamily:
-        checkpoint = WanCheckpoint.load(path)
+        checkpoint = WanCheckpoint.load(path, lazily=plan.lazily and plan.weights is None)
         if plan.weights is not None:
             load_weights(checkpoint.transformer, plan.weights)
         return cls(checkpoint)
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        both = {"transformer": self.checkpoint.transformer, "transformer_2": self.checkpoint.transformer_2}
+        return {name: transformer for name, transformer in both.items() if transformer is not None}
 
     def graphs(self, plan: Plan) -> tuple[Graph, ...]:
         checkpoint, config = self.checkpoint, self.checkpoint.transformer.config
@@ -86,7 +93,8 @@ class WanFamily:
         if plan.window is None:
             denoisers = (denoiser(checkpoint, tokens, largest),)
             if checkpoint.transformer_2 is not None:
-                second = replace(checkpoint, transformer=checkpoint.transformer_2)
+                stored = {"transformer": checkpoint.stored["transformer_2"]} if checkpoint.stored else {}
+                second = replace(checkpoint, transformer=checkpoint.transformer_2, stored=stored)
                 denoisers = (*denoisers, denoiser(second, tokens, largest, "denoiser_2"))
         elif checkpoint.transformer_2 is not None:
             raise UnsupportedCheckpointError("A causal rollout over two transformers is not supported.")
@@ -200,6 +208,7 @@ def text_encoder(checkpoint: WanCheckpoint, max_tokens: int) -> Graph:
             feeds([min(4, max_tokens), 5], 5),
             feeds([1], 1),
         ),
+        stored=checkpoint.stored.get("text_encoder"),
     )
 
 
@@ -245,6 +254,7 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
             feeds(1, most_frames, most_rows, most_columns, max_tokens),
         ),
         exportable=module.exportable(),
+        stored=checkpoint.stored.get("transformer"),
     )
 
 
@@ -299,6 +309,7 @@ def causal_denoiser(checkpoint: WanCheckpoint, plan: Plan, window: ContextWindow
             feeds([100_000], most, 3, 5, max_tokens),
             feeds([full], most, largest[0] // patch_height, largest[1] // patch_width, max_tokens),
         ),
+        stored=checkpoint.stored.get("transformer"),
     )
 
 

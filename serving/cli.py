@@ -313,7 +313,7 @@ def submit(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint: WanPipeline's layout or LTXPipeline's.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint, such as WanPipeline's layout.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The bundle's directory; a bundle that is there is replaced.")
     ],
@@ -321,17 +321,32 @@ def export(
         bool,
         typer.Option(help="Run every graph against torch at other shapes, and a whole video against diffusers."),
     ] = True,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]PATH[:SCALE]",
+            help="A LoRA to merge into the denoiser, and how much of it; may be given several times. PART is "
+            "transformer_2 for one that belongs to the second expert.",
+        ),
+    ] = None,
 ) -> None:
     """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written."""
     try:
         from export.checkpoint import export_checkpoint
+        from export.lora import Adapter
         from export.onnx import ExportError
     except ImportError as error:
         _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
     with _said_in_one_line():
         with _console.status("exporting") as status:
             try:
-                export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)), verify=verify)
+                export_checkpoint(
+                    checkpoint,
+                    output,
+                    progress=lambda said: status.update(_plain(said)),
+                    verify=verify,
+                    adapters=[Adapter.parse(text) for text in lora or ()],
+                )
             except ExportError as error:
                 _fail(str(error), BAD_INPUT)
         print(output)

@@ -151,7 +151,8 @@ class EngineDecoder:
         batch = latents[None]
         if not cache:
             # A causal VAE's first latent frame is unlike all others; any other VAE decodes best what it sees whole.
-            first = 1 if self._manifest.latent.streaming == "exact" else batch.shape[2]
+            latent = self._manifest.latent
+            first = latent.first if latent.streaming == "exact" else batch.shape[2]
             outputs = self._first.run({"latents": batch[:, :, :first]})
             frames.append(outputs.pop("frames")[0])
             cache, batch = outputs, batch[:, :, first:]

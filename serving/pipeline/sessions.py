@@ -34,6 +34,7 @@ class Session(ABC):
 
     def __init__(self, manifest: Manifest, request: DenoiseRequest) -> None:
         spec, sampler = request.spec, manifest.sampler
+        self._manifest = manifest
         self._seed = spec.seed
         self._patch = manifest.latent.patch
         self._chunk_frames = manifest.chunk_latent_frames
@@ -54,7 +55,7 @@ class Session(ABC):
 
     @property
     def chunks(self) -> int:
-        return -(-self._latent_shape[1] // self._chunk_frames)
+        return len(self._manifest.chunks(self._latent_shape[1]))
 
     @property
     def tokens_per_row(self) -> int:
@@ -95,7 +96,10 @@ class BidirectionalSession(Session):
             raise ValueError(f"{request.video_id}: {manifest.name} is bidirectional, so its prompt can't change")
         self._text = np.stack(self._texts)
         self._noise = _Noise(self._seed)
-        self._state = _start(self._table, self._noise.draw(self._latent_shape))
+        channels, frames, height, width = self._latent_shape
+        self._added = -frames % manifest.latent.patch_frames
+        self._shape = (channels, self._added + frames, height, width)
+        self._state = _start(self._table, self._noise.draw(self._shape))
 
     @property
     def calls(self) -> int:
@@ -107,7 +111,7 @@ class BidirectionalSession(Session):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self._latent_shape
+        return self._shape
 
     def feeds(self) -> dict[str, Array]:
         return {
@@ -121,11 +125,11 @@ class BidirectionalSession(Session):
         self.calls_done += 1
         if self.calls_done < self.calls:
             return []
-        latents, size = self._state[0], self._chunk_frames
-        starts = range(0, latents.shape[1], size)
+        latents = self._state[0][:, self._added :]
+        parts = self._manifest.chunks(latents.shape[1])
         return [
-            LatentChunk(i, np.ascontiguousarray(latents[:, start : start + size]), last=start == starts[-1])
-            for i, start in enumerate(starts)
+            LatentChunk(i, np.ascontiguousarray(latents[:, part]), last=i == len(parts) - 1)
+            for i, part in enumerate(parts)
         ]
 
 

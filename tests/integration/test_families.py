@@ -40,12 +40,12 @@ async def fragments_of(pipeline: LocalPipeline, **asked: Any) -> list[Fragment]:
     return fragments
 
 
-@pytest.mark.parametrize("kind", ["experts", "ltx", "causal"])
+@pytest.mark.parametrize("kind", ["experts", "ltx", "causal", "cogvideox"])
 def test_a_bundle_is_proven(kind: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"tiny_{kind}_bundle")
     bundle.verify()
     manifest = bundle.manifest
-    assert manifest.family == ("ltx" if kind == "ltx" else "wan")
+    assert manifest.family == (kind if kind in ("ltx", "cogvideox") else "wan")
     assert manifest.proof is not None
     assert manifest.proof.reference == ("the same rollout in torch" if kind == "causal" else "diffusers' pipeline")
     assert manifest.proof.psnr_db >= manifest.proof.worst_frame_psnr_db >= LEAST_PSNR
@@ -139,7 +139,7 @@ def test_a_seam_is_local(tiny_ltx_bundle: Bundle, tiny_ltx_checkpoint: Path) -> 
     latents = torch.randn(1, 8, 20, 2, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = family.decode(latents).clamp(-1, 1).numpy()
-    streamed = np.concatenate(list(parity.stream(*sessions, latents, [10, 10], whole_first=True)), axis=2)
+    streamed = np.concatenate(list(parity.stream(*sessions, latents, [10, 10], opening=10)), axis=2)
     assert streamed.shape == whole.shape == (1, 3, 153, 64, 64)
     error = np.abs(streamed - whole).max(axis=(0, 1, 3, 4))
     assert error[0] <= parity.TOLERANCE

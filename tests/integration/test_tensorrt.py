@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(900)
 EXTENTS = {
     "batch": Extent(1, 2, 4),
     "frames": Extent(1, 3, 9),
+    "pairs": Extent(1, 1, 4),
     "rows": Extent(1, 4, 8),
     "columns": Extent(1, 4, 8),
     "height": Extent(2, 8, 16),
@@ -32,7 +33,7 @@ def tensorrt() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["", "causal_", "experts_", "ltx_"])
+@pytest.mark.parametrize("kind", ["", "causal_", "experts_", "ltx_", "cogvideox_"])
 def test_every_graph_parses_and_builds(kind: str, tensorrt: Any, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"tiny_{kind}bundle")
     # The rewriter, the captioner and the VAE's encoder are small, and stay on the CPU.
