@@ -1,8 +1,8 @@
 """LoRA adapters (arXiv 2106.09685) merged into the weights before they are exported.
 
 Layouts are told apart by diffusers' own loaders, which know what Wan's, LTX's and CogVideoX's trainers write; peft's
-own files (`adapter_model.safetensors` beside `adapter_config.json`) are read here. Every layer that a file names must be
-there: diffusers only warns of one that isn't, and half of an adapter looks like a bad adapter.
+own files (`adapter_model.safetensors` beside `adapter_config.json`) are read here. Every layer that a file names must
+be there: diffusers only warns of one that isn't, and half of an adapter looks like a bad adapter.
 """
 
 from __future__ import annotations
