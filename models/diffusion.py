@@ -59,9 +59,12 @@ class Levels:
     before: Floats
 
     @classmethod
-    def of(cls, schedule: BetaSchedule, steps: int, *, shift: float, train: int) -> Levels:
-        """A step goes to `train // steps` before its timestep, as in diffusers, which needn't be the next one's."""
-        alphas, timesteps = schedule.alphas(shift, train), schedule.timesteps(steps, train)
+    def of(cls, schedule: BetaSchedule, steps: int, *, shift: float, train: int, start: int = 0) -> Levels:
+        """A step goes to `train // steps` before its timestep, as in diffusers, which needn't be the next one's.
+
+        The first `start` steps are left out.
+        """
+        alphas, timesteps = schedule.alphas(shift, train), schedule.timesteps(steps, train)[start:]
         there = timesteps - train // steps
         here = alphas[timesteps]
         return cls(here, np.where(there >= 0, alphas[there], 1.0), np.append(np.nan, here[:-1]))
