@@ -69,12 +69,20 @@ def graph_errors(graph: Graph, session: Any) -> Errors:
 
 
 def stream(
-    first: Any, following: Any, latents: Tensor, chunks: Sequence[int], *, opening: int = 1
+    first: Any, following: Any, latents: Tensor, chunks: Sequence[int], *, opening: int = 1, noise: Tensor | None = None
 ) -> Iterator[NDArray[Any]]:
     """Decode normalised latents chunk by chunk through two sessions; yields each call's `pixels`.
 
-    `opening` is how many latent frames the first call takes: for an overlapped decoder, the whole first chunk.
+    `opening` is how many latent frames the first call takes: for an overlapped decoder, the whole first chunk. `noise`,
+    like the latents, is for decoders that take some; by default it is none at all.
     """
+    wants_noise = any(given.name == "noise" for given in first.get_inputs())
+    noise = torch.zeros_like(latents) if noise is None else noise
+
+    def feeds(part: slice) -> dict[str, NDArray[Any]]:
+        given = {"latents": latents, "noise": noise} if wants_noise else {"latents": latents}
+        return {name: value[:, :, part].contiguous().numpy() for name, value in given.items()}
+
     caches = [output.name for output in first.get_outputs() if output.name.startswith("cache_")]
     state: dict[str, Any] = {}
     start = 0
@@ -82,12 +90,12 @@ def stream(
         stop = start + chunk
         if start == 0:
             start = opening
-            pixels, *values = first.run(["pixels", *caches], {"latents": latents[:, :, :start].contiguous().numpy()})
+            pixels, *values = first.run(["pixels", *caches], feeds(slice(start)))
             state = dict(zip(caches, values, strict=True))
             yield pixels
         if start < stop:
-            feeds = {"latents": latents[:, :, start:stop].contiguous().numpy(), **state}
-            pixels, *values = following.run(["pixels", *(f"next_{name}" for name in caches)], feeds)
+            outputs = ["pixels", *(f"next_{name}" for name in caches)]
+            pixels, *values = following.run(outputs, feeds(slice(start, stop)) | state)
             state = dict(zip(caches, values, strict=True))
             yield pixels
         start = stop

@@ -80,7 +80,8 @@ def render(manifest: Manifest, folder: Path) -> tuple[NDArray[np.uint8], Take]:
     decoders: tuple[GraphName, ...] = ("decoder_first", "decoder_next")
     first, following = (parity.open_session(folder / manifest.graphs[name].file) for name in decoders)
     opening = manifest.latent.first if exact else frames
-    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, opening=opening)
+    noise = take.fresh(take.steps).unsqueeze(0)
+    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, opening=opening, noise=noise)
     return _levels(np.concatenate(list(streamed), axis=2)[0].transpose(1, 2, 3, 0) / 2 + 0.5), take
 
 

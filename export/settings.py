@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from export.onnx import ExportError
 from models.bundle import BetasInfo, LimitsInfo, Positions, SamplerInfo, TokenShift
-from models.families import Defaults, Plan, defaults_of
+from models.families import Decoding, Defaults, Plan, defaults_of
 from models.samplers import VARIANCE_PRESERVING, SamplerName
 from models.window import ContextWindow
 
@@ -58,6 +58,15 @@ class CausalSettings(BaseModel):
     weights: str | None = None
 
 
+class DecodingSettings(BaseModel):
+    """For a VAE that denoises while it decodes, such as LTX's from 0.9.1 on; the defaults are its authors'."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    timestep: float = Field(default=Decoding().timestep, ge=0, le=1)
+    noise_scale: float = Field(default=Decoding().noise_scale, ge=0, le=1)
+
+
 class CheckpointSettings(BaseModel):
     """`rushes.json`; every key may be left out. A family has defaults of its own, see `models.families`."""
 
@@ -70,6 +79,7 @@ class CheckpointSettings(BaseModel):
     rollout: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="As it was trained.")
     causal: CausalSettings = Field(default=CausalSettings(), description="Only for the causal rollout.")
     sampler: SamplerSettings = SamplerSettings()
+    decoding: DecodingSettings = DecodingSettings()
     limits: LimitsInfo = LimitsInfo(
         default_size=(128, 128), min_side=64, max_side=256, size_multiple=16, default_seconds=2, max_seconds=8
     )
@@ -92,6 +102,7 @@ class CheckpointSettings(BaseModel):
             window=self.window,
             positions=causal.positions,
             weights=checkpoint / causal.weights if causal.weights else None,
+            decoding=Decoding(self.decoding.timestep, self.decoding.noise_scale),
         )
 
     def _completed(self, defaults: Defaults | None) -> CheckpointSettings:

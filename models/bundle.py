@@ -321,6 +321,11 @@ class Manifest(_Strict):
         return {"encoder_first", "encoder_next"} <= self.graphs.keys()
 
     @property
+    def decodes_with_noise(self) -> bool:
+        """Whether the decoders take `noise`, standard normal and shaped like the latents."""
+        return any(tensor.name == "noise" for tensor in self.graphs["decoder_first"].inputs)
+
+    @property
     def window(self) -> ContextWindow:
         """What a causal model remembers. Raises `ValueError` for a bidirectional one."""
         if self.causal is None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,16 @@ from models.window import ContextWindow
 
 class UnsupportedCheckpointError(ValueError):
     """The directory is no checkpoint of any family, or of a kind that is not served."""
+
+
+class Decoding(NamedTuple):
+    """How a VAE that denoises while it decodes is asked (LTX from 0.9.1 on): where it begins, and with what noise."""
+
+    timestep: float = 0.05
+    noise_scale: float = 0.025
+
+
+DECODING = Decoding()
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Plan:
     positions: Positions = "window"
     weights: Path | None = None
     lazily: bool = False
+    decoding: Decoding = DECODING
 
     def largest(self, latent: LatentInfo, cost: Callable[[int, int, int], int]) -> tuple[int, int, int]:
         """Latent frames, height and width of the largest video within the limits that costs at most `MEMORY_BYTES`.
@@ -135,7 +146,8 @@ MEMORY_BYTES = 1 << 29
 class Take:
     """One short video to be made twice: `noise` `[1, channels, frames, height, width]` is where both begin.
 
-    `fresh` is what a sampler that adds noise adds after a step, `[channels, frames, height, width]`.
+    `fresh` is what a sampler that adds noise adds after a step, `[channels, frames, height, width]`, and after the last
+    one what a decoder that takes noise is given.
     """
 
     prompt: str

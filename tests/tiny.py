@@ -108,22 +108,14 @@ def build_tiny_checkpoint(path: Path, *, causal: bool = False, experts: bool = F
     (path / "rushes.json").write_text(json.dumps(settings))
 
 
-def build_tiny_ltx(path: Path) -> None:
-    """Write an `LTXPipeline` directory with a `rushes.json`."""
+def build_tiny_ltx(path: Path, *, newer: bool = True) -> None:
+    """Write an `LTXPipeline` directory with a `rushes.json`: as 0.9.0, or with a VAE that denoises, as later ones."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     LTXPipeline(
         tokenizer=wrapped(tokenizer),
         text_encoder=tiny_t5(tokenizer.get_vocab_size()),
-        vae=_louder(
-            AutoencoderKLLTXVideo(
-                latent_channels=CHANNELS,
-                block_out_channels=(8, 8, 8, 8),
-                decoder_block_out_channels=(8, 8, 8, 8),
-                layers_per_block=(1, 1, 1, 1, 1),
-                decoder_layers_per_block=(1, 1, 1, 1, 1),
-            )
-        ),
+        vae=tiny_ltx_vae(newer),
         transformer=_louder(
             LTXVideoTransformer3DModel(
                 in_channels=CHANNELS,
@@ -157,6 +149,33 @@ def build_tiny_ltx(path: Path) -> None:
     (path / "rushes.json").write_text(json.dumps(settings))
 
 
+def tiny_ltx_vae(newer: bool) -> Any:
+    style: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    }
+    if newer:
+        style = {
+            "block_out_channels": (8, 8, 8, 8, 8),
+            "decoder_block_out_channels": (8, 16, 32),
+            "layers_per_block": (1, 1, 1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1, 1),
+            "spatio_temporal_scaling": (True, True, True, True),
+            "decoder_spatio_temporal_scaling": (True, True, True),
+            "decoder_inject_noise": (False, False, False, False),
+            "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+            "upsample_residual": (True, True, True),
+            "upsample_factor": (2, 2, 2),
+            "timestep_conditioning": True,
+            "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
+        }
+    return _louder(AutoencoderKLLTXVideo(latent_channels=CHANNELS, **style))
+
+
 def build_tiny_cogvideox(path: Path, *, newer: bool = False) -> None:
     """Write a `CogVideoXPipeline` directory: as 2B, with sines and DDIM, or as 1.5-5B: RoPE, patches in time, DPM."""
     torch.manual_seed(0)
@@ -174,15 +193,13 @@ def build_tiny_cogvideox(path: Path, *, newer: bool = False) -> None:
     CogVideoXPipeline(
         tokenizer=wrapped(tokenizer),
         text_encoder=tiny_t5(tokenizer.get_vocab_size()),
-        vae=_louder(
-            AutoencoderKLCogVideoX(
-                latent_channels=CHANNELS,
-                block_out_channels=(8, 8, 8, 8),
-                layers_per_block=1,
-                norm_num_groups=2,
-                scaling_factor=0.7,
-            )
-        ),
+        vae=AutoencoderKLCogVideoX(
+            latent_channels=CHANNELS,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7,
+        ).eval(),
         transformer=tiny_cogvideox_transformer(**positions),
         scheduler=(CogVideoXDPMScheduler if newer else CogVideoXDDIMScheduler)(**schedule),
     ).save_pretrained(path)

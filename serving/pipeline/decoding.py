@@ -20,6 +20,8 @@ from serving.pipeline.geometry import first_frame
 from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
 
 _CACHE, _NEXT_CACHE = "cache_", "next_cache_"
+# Noise for decoding, apart from what the same seed gives denoising.
+_NOISE = (0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +92,7 @@ class EngineDecoder:
         session.users += 1
         try:
             async with session.turn:
-                frames = await self._decode(video_id, session, chunk)
+                frames = await self._decode(video_id, spec.seed, session, chunk)
         finally:
             session.users -= 1
             session.idle_since = asyncio.get_running_loop().time()
@@ -114,7 +116,7 @@ class EngineDecoder:
         await asyncio.to_thread(self._decode_thread.shutdown)
         await asyncio.to_thread(self._encode_thread.shutdown)
 
-    async def _decode(self, video_id: str, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
+    async def _decode(self, video_id: str, seed: int, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
         """In the session's turn: decode the chunk and move the cache on."""
         if chunk.index == 0:
             await self._place(session)
@@ -123,7 +125,7 @@ class EngineDecoder:
         # Until this call is through the cache belongs to no chunk; if it is cut short, the session is lost.
         session.next_chunk = -1
         frames, session.cache = await asyncio.get_running_loop().run_in_executor(
-            self._decode_thread, self._run, session.cache, chunk.latents
+            self._decode_thread, self._run, session.cache, self._feeds(seed, chunk)
         )
         session.next_chunk = chunk.index + 1
         if chunk.last and self._sessions.get(video_id) is session:
@@ -145,19 +147,28 @@ class EngineDecoder:
                     await self._changed.wait()
         session.placed = True
 
-    def _run(self, cache: dict[str, Array], latents: NDArray[np.float32]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
+    def _feeds(self, seed: int, chunk: LatentChunk) -> dict[str, Array]:
+        """What is decoded; noise belongs to a video's chunk, so that a replay decodes the same."""
+        feeds: dict[str, Array] = {"latents": chunk.latents[None]}
+        if self._manifest.decodes_with_noise:
+            sequence = np.random.SeedSequence(seed, spawn_key=(*_NOISE, chunk.index))
+            random = np.random.Generator(np.random.Philox(sequence))
+            feeds["noise"] = random.standard_normal(feeds["latents"].shape, dtype=np.float32)
+        return feeds
+
+    def _run(self, cache: dict[str, Array], feeds: dict[str, Array]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
         """Frames uint8 `[n, height, width, 3]` and the cache for the next chunk, in the engines' thread."""
         frames = []
-        batch = latents[None]
+        start, count = 0, feeds["latents"].shape[2]
         if not cache:
             # A causal VAE's first latent frame is unlike all others; any other VAE decodes best what it sees whole.
             latent = self._manifest.latent
-            first = latent.first if latent.streaming == "exact" else batch.shape[2]
-            outputs = self._first.run({"latents": batch[:, :, :first]})
-            frames.append(outputs.pop("frames")[0])
-            cache, batch = outputs, batch[:, :, first:]
-        if batch.shape[2]:
-            outputs = self._following.run({"latents": batch, **cache})
+            first = latent.first if latent.streaming == "exact" else count
+            cache = self._first.run({name: array[:, :, :first] for name, array in feeds.items()})
+            frames.append(cache.pop("frames")[0])
+            start = first
+        if start < count:
+            outputs = self._following.run({name: array[:, :, start:] for name, array in feeds.items()} | cache)
             frames.append(outputs.pop("frames")[0])
             cache = {_CACHE + name.removeprefix(_NEXT_CACHE): value for name, value in outputs.items()}
         return np.concatenate(frames), cache
