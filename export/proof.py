@@ -163,7 +163,7 @@ def _chunk(
     def step(graph: GraphName, timestep: float) -> dict[str, Array]:
         feeds = {
             "latents": np.repeat(x[:1], rows, axis=0),
-            "timestep": np.full(rows, timestep, np.float32),
+            "timestep": np.full((rows, x.shape[2]) if manifest.timesteps_by_frame else rows, timestep, np.float32),
             "encoder_hidden_states": text,
         }
         return call(graph, {**feeds, **state})

@@ -321,6 +321,14 @@ class Manifest(_Strict):
         return {"encoder_first", "encoder_next"} <= self.graphs.keys()
 
     @property
+    def timesteps_by_frame(self) -> bool:
+        """Whether the denoiser takes a timestep for each latent frame: 0 says that a frame is given and clean."""
+        denoiser = self.graphs.get("denoiser")
+        return denoiser is not None and any(
+            tensor.name == "timestep" and len(tensor.shape) == 2 for tensor in denoiser.inputs
+        )
+
+    @property
     def decodes_with_noise(self) -> bool:
         """Whether the decoders take `noise`, standard normal and shaped like the latents."""
         return any(tensor.name == "noise" for tensor in self.graphs["decoder_first"].inputs)

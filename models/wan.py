@@ -37,6 +37,7 @@ class WanCheckpoint:
     """The parts of a checkpoint, in fp32 on the CPU.
 
     With `transformer_2` (Wan 2.2 A14B), that one takes the timesteps below `boundary_ratio` of the training schedule.
+    With `expand_timesteps` (TI2V-5B) each token has its own timestep, 0 in frames that are given.
     """
 
     text_encoder: Any
@@ -46,6 +47,7 @@ class WanCheckpoint:
     tokenizer: Path
     transformer_2: Any | None = None
     boundary_ratio: float | None = None
+    expand_timesteps: bool = False
     stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @classmethod
@@ -99,6 +101,7 @@ class WanCheckpoint:
             tokenizer=tokenizer,
             transformer_2=transformers_there[1] if experts else None,
             boundary_ratio=boundary if experts else None,
+            expand_timesteps=bool(index.get("expand_timesteps")),
             stored=stored,
         )
 
@@ -121,11 +124,14 @@ class TextEncoder(nn.Module):
 class Denoiser(nn.Module):
     """`latents` `[batch, channels, frames, height, width]`, `timestep` `[batch]` in 0..1000 and `encoder_hidden_states`
     `[batch, tokens, dim]` to the flow's `velocity`, shaped like the latents.
+
+    `by_frame`: `timestep` is `[batch, frames]`, and 0 for frames that are given (TI2V-5B's first one).
     """
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, *, by_frame: bool = False) -> None:
         super().__init__()
         self.transformer = transformer
+        self.by_frame = by_frame
 
     @contextmanager
     def exportable(self) -> Iterator[None]:
@@ -139,6 +145,10 @@ class Denoiser(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         check_same_batch(latents, timestep, encoder_hidden_states)
+        if self.by_frame:
+            _, height, width = self.transformer.config.patch_size
+            tokens = (latents.shape[3] // height) * (latents.shape[4] // width)
+            timestep = timestep.unsqueeze(2).expand(-1, -1, tokens).flatten(1)
         velocity: Tensor = self.transformer(latents, timestep, encoder_hidden_states, return_dict=False)[0]
         return velocity
 

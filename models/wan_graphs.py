@@ -1,8 +1,8 @@
 """The Wan family as export sees it: its graphs, what is dynamic in them, where they are tried, and its pipeline.
 
 Wan 2.1 and 2.2: one transformer, or the two of A14B; a VAE with or without residual shortcuts and 2x2 patches. TI2V-5B
-has one timestep for each token (`expand_timesteps`), which for text-to-video is the same one for all, so its graph is
-that of the others. The causal VAE streams exactly, see `models.wan`.
+has one timestep for each token (`expand_timesteps`); its graph takes one for each latent frame, so that a video can
+begin with a picture: a frame that is clean and at timestep 0. The causal VAE streams exactly, see `models.wan`.
 """
 
 from __future__ import annotations
@@ -216,13 +216,18 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
     config = checkpoint.transformer.config
     dim, channels = int(config.text_dim), int(config.in_channels)
     patch_frames, patch_height, patch_width = config.patch_size
-    random = torch.Generator().manual_seed(2)
+    random, by_frame = torch.Generator().manual_seed(2), checkpoint.expand_timesteps
+    if by_frame and patch_frames != 1:
+        raise UnsupportedCheckpointError("One timestep a frame needs patches of one latent frame.")
 
     def feeds(batch: int, frames: int, rows: int, columns: int, tokens: int) -> Feeds:
         size = (frames * patch_frames, rows * patch_height, columns * patch_width)
+        steps = torch.rand((batch, size[0]) if by_frame else (batch,), generator=random) * 1000
+        if by_frame:
+            steps[::2, 0] = 0.0  # as when the first frame is given
         return {
             "latents": torch.randn(batch, channels, *size, generator=random),
-            "timestep": torch.rand(batch, generator=random) * 1000,
+            "timestep": steps,
             "encoder_hidden_states": torch.randn(batch, tokens, dim, generator=random),
         }
 
@@ -230,19 +235,20 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
     most_frames, most_rows, most_columns = (
         min(math.ceil(size / patch), longest) for size, patch in zip(largest, config.patch_size, strict=True)
     )
+    frames = multiple(patch_frames, "frames", longest)
     return Graph(
         name=name,
-        module=(module := Denoiser(checkpoint.transformer)),
+        module=(module := Denoiser(checkpoint.transformer, by_frame=by_frame)),
         example=feeds(2, 3, 3, 2, min(8, max_tokens)),
         outputs=("velocity",),
         dynamic_shapes={
             "latents": {
                 0: batch,
-                2: multiple(patch_frames, "frames", longest),
+                2: frames,
                 3: multiple(patch_height, "rows", longest),
                 4: multiple(patch_width, "columns", longest),
             },
-            "timestep": {0: batch},
+            "timestep": {0: batch, 1: frames} if by_frame else {0: batch},
             "encoder_hidden_states": {0: batch, 1: Dim("tokens", min=1, max=MOST)},
         },
         weights=f"{name}.weights",

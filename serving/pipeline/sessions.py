@@ -102,7 +102,7 @@ class BidirectionalSession(Session):
         self._added = -frames % manifest.latent.patch_frames
         self._shape = (channels, self._added + frames, height, width)
         noise = self._noise.draw(self._shape)
-        self._held = self._source.within(0, noise)
+        self._held = self._source.within(0, noise, clean=manifest.timesteps_by_frame)
         self._state = self._held.begin(self._table, noise)
 
     @property
@@ -120,9 +120,18 @@ class BidirectionalSession(Session):
     def feeds(self) -> dict[str, Array]:
         return {
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
-            "timestep": np.repeat(self._table.timesteps[self.calls_done], self.rows),
+            "timestep": self._timesteps(),
             "encoder_hidden_states": self._text,
         }
+
+    def _timesteps(self) -> Floats:
+        """For each row, or for each of its frames: then those that are given are at 0, since they are clean."""
+        timestep = self._table.timesteps[self.calls_done]
+        if not self._manifest.timesteps_by_frame:
+            return np.repeat(timestep, self.rows)
+        by_frame = np.full((self.rows, self._shape[1]), timestep)
+        by_frame[:, : self._held.frames] = 0
+        return by_frame
 
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
         self._state = _advance(self._table, self.calls_done, self._state, outputs["velocity"], self._noise)
@@ -243,12 +252,15 @@ class _Source:
             raise ValueError(f"{request.video_id}: {given[1]} latent frames are given, so none is left to make")
         self.frames = 0 if self._draft else given[1]
 
-    def within(self, first: int, noise: Floats) -> _Held:
-        """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`."""
+    def within(self, first: int, noise: Floats, *, clean: bool = False) -> _Held:
+        """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`.
+
+        `clean`: frames that are given have no noise at any step, as a model knows them that was trained with pictures.
+        """
         if self._latents is None:
             return _Held(None, None, noise)
         part = self._latents[:, first : first + noise.shape[1]]
-        return _Held(None, part, noise) if self._draft else _Held(part, None, noise)
+        return _Held(None, part, noise) if self._draft else _Held(part, None, noise, clean=clean)
 
 
 class _Held:
@@ -256,10 +268,11 @@ class _Held:
     (the known region of RePaint, arXiv 2201.09865, without its resampling); a draft only begins there (SDEdit,
     arXiv 2108.01073)."""
 
-    def __init__(self, kept: Floats | None, draft: Floats | None, noise: Floats) -> None:
-        self._kept, self._draft = kept, draft
-        self._noise = noise[:, : kept.shape[1]].copy() if kept is not None else None
-        self.whole = kept is not None and kept.shape[1] == noise.shape[1]
+    def __init__(self, kept: Floats | None, draft: Floats | None, noise: Floats, *, clean: bool = False) -> None:
+        self._kept, self._draft, self._clean = kept, draft, clean
+        self.frames = 0 if kept is None else kept.shape[1]
+        self._noise = noise[:, : self.frames].copy()
+        self.whole = kept is not None and self.frames == noise.shape[1]
 
     def begin(self, table: SamplerTable, noise: Floats) -> Floats:
         """The sampler's first state float32 `[1 + history, …]`, with an empty history."""
@@ -271,9 +284,9 @@ class _Held:
 
     def put(self, state: Floats, sigma: float) -> None:
         """Put what is given back into a state at this noise level."""
-        if self._kept is not None and self._noise is not None:
-            level = np.float32(sigma)
-            state[0, :, : self._kept.shape[1]] = (1 - level) * self._kept + level * self._noise
+        if self._kept is not None:
+            level = np.float32(0 if self._clean else sigma)
+            state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
 
 
 def skipped_steps(steps: int, strength: float) -> int:

@@ -70,6 +70,8 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
         "spatial": 16,
         "temporal": 4,
         "patch": 2,
+        "patch_frames": 1,
+        "group": 1,
         "streaming": "exact",
     }
     assert manifest.sampler.model_dump() == {
@@ -77,6 +79,7 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
         "shift": 3.0,
         "token_shift": None,
         "terminal": None,
+        "betas": None,
         "num_train_timesteps": 1000,
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
@@ -157,10 +160,13 @@ def test_the_denoiser_is_diffusers_transformer(shape: tuple[int, ...], pipe: Any
     latents = torch.randn(batch, CHANNELS, *size, generator=random)
     timestep = torch.rand(batch, generator=random) * 1000
     text = torch.randn(batch, MAX_TOKENS, TEXT_DIM, generator=random)
+    # One for each frame, and for diffusers one for each token: TI2V-5B's way.
+    timestep = timestep[:, None] * (torch.arange(size[0]) > 0)
+    by_token = timestep.repeat_interleave(size[1] * size[2] // 4, dim=1)
     feeds = {"latents": latents, "timestep": timestep, "encoder_hidden_states": text}
     (got,) = sessions["denoiser"].run(None, {name: value.numpy() for name, value in feeds.items()})
     with torch.no_grad():
-        expected = pipe.transformer(latents, timestep, text, return_dict=False)[0].numpy()
+        expected = pipe.transformer(latents, by_token, text, return_dict=False)[0].numpy()
     assert got.shape == latents.shape
     assert np.abs(got - expected).max() <= TOLERANCE
     assert expected.std() > 0.1
