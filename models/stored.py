@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 # Smaller weights are read at once: optimisers of graphs look at what is in them.
-_LARGE = 1 << 14
+LARGE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def skeleton(build: Callable[[], Any], folder: Path) -> tuple[Any, Stored]:
         owner, _, own = name.rpartition(".")
         if name not in stored.files:
             raise OSError(f"{folder} lacks the weight {name}.")
-        large = empty.numel() >= _LARGE and empty.dim() > 1 and empty.shape[0] > 1
+        large = empty.numel() >= LARGE and empty.dim() > 1 and empty.shape[0] > 1
         value = _placeholder(empty.shape) if large else stored.read(name)
         if value.shape != empty.shape:
             raise OSError(f"{folder} has {name} as {list(value.shape)} instead of {list(empty.shape)}.")

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import onnx
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM, tiny_vae
 from tokenizers import Tokenizer
 
@@ -21,8 +23,10 @@ from export import checkpoint as export_checkpoint_module
 from export import parity, workspace
 from export.checkpoint import export_checkpoint
 from export.onnx import ExportError, WeightFile, export_graph, leaks
-from models import wan_graphs
+from export.settings import CheckpointSettings
+from models import stored, wan_graphs
 from models.bundle import SERVED_GRAPHS, Bundle, GraphName
+from models.families import open_checkpoint
 from models.graph import Graph
 from models.wan import DecoderFirst, DecoderNext, WanCheckpoint
 from models.wan_encoder import GROUP, EncoderFirst, EncoderNext
@@ -309,6 +313,33 @@ def test_weights_that_fit_fp16_are_stored_in_it(tmp_path: Path) -> None:
     assert size("full") == 64 * 64 * 4
     module.weight.data = module.weight.data.half().float()
     assert size("half") == 64 * 64 * 2
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "denoiser"])
+def test_weights_that_stay_on_disk_make_the_same_files(
+    part: GraphName, tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Placeholders are traced, turned and renamed like weights, and each is read when it is written."""
+    monkeypatch.setattr(stored, "LARGE", 100)
+    plan = replace(CheckpointSettings.load(tiny_checkpoint).plan(tiny_checkpoint), lazily=True)
+    graph = next(graph for graph in open_checkpoint(tiny_checkpoint, plan).graphs(plan) if graph.name == part)
+    assert graph.stored is not None
+    assert len(graph.stored.places) > 5
+    export_graph(graph, WeightFile(tmp_path / graph.weights))
+    for name in (graph.file, graph.weights):
+        assert (tmp_path / name).read_bytes() == (tiny_bundle.root / name).read_bytes()
+
+
+def test_a_weight_that_is_not_on_disk_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (weights,) = (checkpoint / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors["proj_out.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(ExportError, match=r"lacks the weight proj_out\.weight"):
+        export_checkpoint(checkpoint, tmp_path / "out" / "bundle", verify=False)
+    assert not (tmp_path / "out").exists()
 
 
 # What goes wrong leaves nothing behind.
