@@ -109,6 +109,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _state_of_the_exporter() -> str:
     digest = hashlib.sha256()
     sources = [path for folder in ("export", "models") for path in sorted((ROOT / folder).glob("*.py"))]
+    # What only works on finished bundles.
+    others = {"plans.py", "precision.py", "profiles.py", "tensorrt.py"}
+    sources = [path for path in sources if path.name not in others]
     sources += [ROOT / "models" / "mini" / name for name in ("captioner.py", "rewriter.py", "words.py")]
     for path in [*sources, ROOT / "tests" / "tiny.py"]:
         digest.update(path.read_bytes())

@@ -15,7 +15,11 @@ class DecoderDeployment:
 
     def __init__(self, bundle: Path, config: DecoderConfig) -> None:
         self._stage = EngineDecoder.open(
-            Bundle.load(bundle), threads=config.threads, provider=config.provider, max_sessions=config.max_sessions
+            Bundle.load(bundle),
+            threads=config.threads,
+            provider=config.provider,
+            plans=config.plans,
+            max_sessions=config.max_sessions,
         )
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:

@@ -21,6 +21,7 @@ class DenoiserDeployment:
             Bundle.load(bundle),
             threads=config.threads,
             provider=config.provider,
+            plans=config.plans,
             limits=Limits(max_rows=config.max_rows, max_tokens=config.max_tokens),
             max_sessions=config.max_sessions,
         )

@@ -20,7 +20,9 @@ class TextEncoderDeployment:
 
     def __init__(self, bundle: Path, config: TextEncoderConfig) -> None:
         loaded = Bundle.load(bundle)
-        self._stage = EngineTextEncoder.open(loaded, threads=config.threads, provider=config.provider)
+        self._stage = EngineTextEncoder.open(
+            loaded, threads=config.threads, provider=config.provider, plans=config.plans
+        )
         self._rewriter = open_rewriter(loaded, config.rewriter)
         self._captioner = EngineCaptioner.open(loaded)
 
