@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from serving.pipeline.stages import Fragment
 
 
 @pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
+def trt(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     """The module `tensorrt`, and a GPU, as serving meets them."""
     fake = FakeTensorRT(FakeCuda())
 
@@ -33,7 +32,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
 
     monkeypatch.setattr(cuda_module, "Cuda", device)
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    yield fake
+    return fake
 
 
 def build(bundle: Bundle, cache: Path) -> None:
