@@ -191,20 +191,40 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
 ) -> None:
-    """Run the service on this machine until Ctrl-C, which waits for the videos in hand."""
-    from models.bundle import Bundle as LoadedBundle
+    """Run the service on this machine until Ctrl-C, which waits for the videos in hand.
+
+    `rushes reload` makes it read its configuration again.
+    """
     from serving.foreground import serve_until_interrupted
 
-    with _said_in_one_line():
+    def read() -> ServiceConfig:
         settings = load_config(config) if config else ServiceConfig()
         given = {"host": host, "port": port, "data_dir": data_dir}
         values = settings.model_dump() | {key: value for key, value in given.items() if value is not None}
         if bundle is not None:
             values["models"] = _alone(bundle)
-        checked = parse_config(values, "options")
-        for path in checked.models.values():
-            LoadedBundle.load(path).verify()
-        serve_until_interrupted(checked, _console)
+        return parse_config(values, "options")
+
+    with _said_in_one_line():
+        serve_until_interrupted(read(), _console, read)
+
+
+@app.command("reload")
+def reload_service(
+    config: Config = None,
+    data_dir: Annotated[Path | None, typer.Option(help="As the service was started with; instead of --config.")] = None,
+) -> None:
+    """Load, unload and roll models of the running service, as its configuration now says; prints what it did.
+
+    A bundle that is damaged or doesn't start is refused, and everything is served on as before. Videos that are running
+    end on the model that they began with.
+    """
+    from serving.reloading import reload
+
+    with _said_in_one_line():
+        settings = load_config(config) if config else ServiceConfig()
+        for line in reload(data_dir or settings.data_dir).split(", "):
+            print(line)
 
 
 @database.command("upgrade")

@@ -13,9 +13,9 @@ from serving.pipeline.stages import Fragment, LatentChunk, VideoSpec
 class DecoderDeployment:
     """One replica: its engines, and the causal caches of the videos whose chunks come here."""
 
-    def __init__(self, bundle: Path, config: DecoderConfig) -> None:
+    def __init__(self, bundle: Path, digest: str, config: DecoderConfig) -> None:
         self._stage = EngineDecoder.open(
-            Bundle.load(bundle),
+            Bundle.load(bundle, digest),
             threads=config.threads,
             provider=config.provider,
             plans=config.plans,

@@ -1,4 +1,4 @@
-"""`pytest -m gpu`, on a machine with an NVIDIA GPU and the `tensorrt` extra. Elsewhere each test says what is missing."""
+"""`pytest -m gpu`, on a machine with an NVIDIA GPU and the `tensorrt` extra; elsewhere tests say what is missing."""
 
 from __future__ import annotations
 
