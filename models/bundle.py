@@ -194,8 +194,13 @@ class SamplerInfo(_Strict):
     num_inference_steps: PositiveInt = 20
     guidance_scale: float = Field(ge=1)
 
-    def table(self, steps: int, guidance_scale: float, tokens: int, name: SamplerName | None = None) -> SamplerTable:
-        """The table of one request whose latents are `tokens` cells; by another sampler if `name` says so."""
+    def table(
+        self, steps: int, guidance_scale: float, tokens: int, name: SamplerName | None = None, *, start: int = 0
+    ) -> SamplerTable:
+        """The table of one request whose latents are `tokens` cells; by another sampler if `name` says so.
+
+        Without its first `start` steps, for what doesn't begin from pure noise.
+        """
         return build_table(
             name or self.name,
             steps,
@@ -204,6 +209,7 @@ class SamplerInfo(_Strict):
             num_train_timesteps=self.num_train_timesteps,
             by_tokens=self.token_shift is not None,
             terminal=self.terminal,
+            start=start,
         )
 
 
@@ -261,6 +267,11 @@ class Manifest(_Strict):
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
     proof: ProofInfo | None = Field(default=None, description="None: exported without verification.")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether frames can be made latents: what a video that begins from another one or from a picture needs."""
+        return {"encoder_first", "encoder_next"} <= self.graphs.keys()
 
     @property
     def window(self) -> ContextWindow:

@@ -70,15 +70,18 @@ def build_table(
     num_train_timesteps: int = 1000,
     by_tokens: bool = False,
     terminal: float | None = None,
+    start: int = 0,
 ) -> SamplerTable:
     """The table of one request; `guidance_scale` 1 leaves the unconditional column zero.
+
+    `start` steps are left out: the rest begins without a history, from a latent at the noise level `sigmas[0]`.
 
     `by_tokens` says that `shift` was chosen for the video's size: Euler's schedule then is that of
     `use_dynamic_shifting`, and may be stretched to end at `terminal` before 0. Both are for `euler` alone.
     """
-    if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, not {steps}")
-    noise = np.zeros(steps, np.float32)
+    if not 0 <= start < steps:
+        raise ValueError(f"a sampler needs at least one step, not {steps} without the first {start}")
+    noise = np.zeros(steps - start, np.float32)
     if name == "euler":
         schedule = _dynamic_schedule if by_tokens else _euler_schedule
         sigmas, timesteps = schedule(steps, shift, num_train_timesteps)
@@ -87,13 +90,16 @@ def build_table(
             kept = sigmas[:-1].astype(np.float32)
             kept = 1 - (1 - kept) * np.float32((1 - terminal) / (1 - kept[-1]))
             sigmas, timesteps = np.append(kept, 0).astype(np.float64), kept * np.float32(num_train_timesteps)
+        sigmas, timesteps = sigmas[start:], timesteps[start:]
         velocity_maps = _euler_maps(sigmas)
     elif name == "renoise":
         sigmas, timesteps = _renoise_schedule(steps, shift, num_train_timesteps)
+        sigmas, timesteps = sigmas[start:], timesteps[start:]
         velocity_maps = _renoise_maps(sigmas)
         noise = sigmas[1:].astype(np.float32)
     else:
         sigmas, timesteps = _unipc_schedule(steps, shift, num_train_timesteps)
+        sigmas, timesteps = sigmas[start:], timesteps[start:]
         velocity_maps = _unipc_maps(sigmas)
     # Column 1 of `velocity_maps` is the guided velocity; split it between the two outputs of the model.
     coefficients = np.insert(velocity_maps, UNCONDITIONAL, velocity_maps[:, :, 1] * (1 - guidance_scale), axis=2)

@@ -143,6 +143,12 @@ class ApiConfig(_Strict):
     )
     max_body_bytes: PositiveInt = Field(default=1 << 20, description="The longest request body that is read.")
     max_file_bytes: PositiveInt = Field(default=200 << 20, description="The largest file that can be uploaded.")
+    max_reference_bytes: PositiveInt = Field(
+        default=32 << 20, description="The largest picture or video that a new video can begin from."
+    )
+    private_references: bool = Field(
+        default=False, description="Whether pictures may be fetched from addresses inside the service's own network."
+    )
 
 
 class WebhookConfig(_Strict):

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.bundle import Bundle, BundleError
 from serving.media.fmp4 import remux_to_mp4
 from serving.media.frames import read_frames
-from serving.pipeline.captioning import EngineCaptioner, EngineEncoder
+from serving.pipeline.captioning import EngineCaptioner
+from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import Fragment, StepDone, VideoSpec
@@ -48,12 +49,13 @@ async def caption_file(bundle: Bundle, video: Path) -> str:
     Raises `BundleError` without a captioner, `OSError` for what is no video.
     """
     captioner, info = EngineCaptioner.open(bundle), bundle.manifest.captioner
-    if captioner is None or info is None:
+    encoder = EngineEncoder.open(bundle, threads=len(os.sched_getaffinity(0)))
+    if captioner is None or info is None or encoder is None:
         raise BundleError(f"The bundle {bundle.root} has no captioner: choose another one.")
     width, height = bundle.manifest.limits.default_size
     frames = read_frames(video, fps=bundle.manifest.fps, width=width, height=height)
     try:
-        latents = EngineEncoder.open(bundle, threads=len(os.sched_getaffinity(0))).encode(frames, info.max_frames)
-        return await captioner.caption(latents)
+        return await captioner.caption(encoder.encode(frames, info.max_frames))
     finally:
+        await encoder.stop()
         await captioner.stop()

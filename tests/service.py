@@ -101,6 +101,7 @@ class WholeService:
             "text_encoder": pipeline.text_encoder,
             "denoiser": pipeline.denoiser,
             "decoder": pipeline.decoder,
+            "encoder": pipeline.encoder,
         }
         self.pipeline = pipeline
         self.bundle = bundle

@@ -10,12 +10,15 @@ from fastapi import Depends, FastAPI
 from models.bundle import Bundle
 from serving.api.auth import Gate
 from serving.api.batches import batches_router
+from serving.api.beginnings import DEFAULT_REFERENCES, Beginnings, ReferencePolicy
 from serving.api.body import BodyLimit
+from serving.api.characters import characters_router
 from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
 from serving.api.errors import ERRORS, install_error_handlers
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
 from serving.api.models import Catalog, models_router
+from serving.api.queueing import TAKE_FILES, VideoQueue
 from serving.api.references import references_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
@@ -33,6 +36,7 @@ def create_api(
     max_body_bytes: int = 1 << 20,
     max_file_bytes: int = 200 << 20,
     rewriter: RewriterConfig | None = None,
+    references: ReferencePolicy = DEFAULT_REFERENCES,
 ) -> FastAPI:
     """Everything under `/v1`, and `/health`.
 
@@ -40,12 +44,19 @@ def create_api(
     `require_keys` lets in only who has an API key.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, larger={FILES_PATH: max_file_bytes})
+    with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, larger={FILES_PATH: max_file_bytes, **with_files})
     install_error_handlers(app)
     catalog = Catalog(bundles, aliases or {}, rewriter or RewriterConfig())
     gate = [Depends(Gate(storage.keys if require_keys else None))]
-    app.include_router(references_router(), dependencies=gate, responses=ERRORS)
-    app.include_router(videos_router(storage, catalog, wake, webhooks), dependencies=gate, responses=ERRORS)
+    beginnings = Beginnings(storage, references)
+    queue = VideoQueue(storage, wake, beginnings)
+    for videos in (
+        characters_router(storage, catalog, beginnings),
+        references_router(catalog, webhooks, queue, beginnings),
+        videos_router(storage, catalog, webhooks, queue, beginnings),
+    ):
+        app.include_router(videos, dependencies=gate, responses=ERRORS)
     app.include_router(models_router(catalog), dependencies=gate, responses=ERRORS)
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)

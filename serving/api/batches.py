@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 
 from serving.api.auth import Owner, may_see
 from serving.api.batch_schemas import BatchList, BatchObject, CreateBatchRequest, batch_object, parse_batch
-from serving.api.body import read_body
+from serving.api.body import opened_body
 from serving.api.creation import WebhookPolicy
 from serving.api.errors import ApiError
 from serving.jobs.batches import Batch, BatchStatus, is_batch_id, new_batch_id
@@ -37,8 +37,8 @@ def batches_router(storage: Storage, webhooks: WebhookPolicy) -> APIRouter:
 
     @router.post("", openapi_extra=_CREATE_DOCUMENT)
     async def create_batch(request: Request, owner: Owner) -> BatchObject:
-        values, _ = await read_body(request)
-        body = parse_batch(values)
+        async with opened_body(request) as (values, _):
+            body = parse_batch(values)
         window_seconds = _window(body.completion_window)
         file = await files.get(body.input_file_id) if is_file_id(body.input_file_id) else None
         if file is None or file.purpose != "batch" or not may_see(owner, file.owner):

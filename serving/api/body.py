@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +17,7 @@ from serving.api.errors import ApiError
 
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _MAX_FORM_FIELDS = 64
+_NESTED = re.compile(r"(\w+)(\[\])?\[(\w+)\]")
 
 
 class BodyLimit:
@@ -44,28 +47,42 @@ class BodyLimit:
         await self._app(scope, bounded_receive, send)
 
 
-async def read_body(request: Request) -> tuple[Any, bool]:
-    """The decoded body, and whether it was a form (where every value is text). Raises `ApiError`."""
+@asynccontextmanager
+async def opened_body(request: Request) -> AsyncIterator[tuple[Any, bool]]:
+    """The decoded body, and whether it was a form: there a value is text or, until the end of the block, an
+    `UploadFile`. Fields such as `video[id]`, which is how SDKs send objects in forms, are put together, and
+    `characters[][id]` is a list of one object.
+
+    Raises `ApiError`.
+    """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind in _FORMS:
-        return await _form(request), True
-    if kind == "application/json" or kind.endswith("+json"):
-        return _json(await request.body()), False
-    raise ApiError(415, f"The body must be JSON or a form, not {kind[:80]}.", code="unsupported_media_type")
+        try:
+            form = await request.form(max_files=1, max_fields=_MAX_FORM_FIELDS)
+        except HTTPException as error:
+            raise ApiError(400, f"The form can't be read: {error.detail}", code="invalid_form") from None
+        try:
+            yield _values(form), True
+        finally:
+            await form.close()
+    elif kind == "application/json" or kind.endswith("+json"):
+        yield _json(await request.body()), False
+    else:
+        raise ApiError(415, f"The body must be JSON or a form, not {kind[:80]}.", code="unsupported_media_type")
 
 
-async def _form(request: Request) -> dict[str, Any]:
-    try:
-        async with request.form(max_files=1, max_fields=_MAX_FORM_FIELDS) as form:
-            values: dict[str, Any] = {}
-            for name, value in form.multi_items():
-                if name in values:
-                    raise ApiError(400, f"{name[:64]} is given twice.", param=name[:64], code="invalid_value")
-                # The file's content is gone when the form is closed; its name is enough to refuse it by.
-                values[name] = None if isinstance(value, UploadFile) else value
-            return values
-    except HTTPException as error:
-        raise ApiError(400, f"The form can't be read: {error.detail}", code="invalid_form") from None
+def _values(form: FormData) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        place, key = values, name
+        if found := _NESTED.fullmatch(name):
+            place, key = values.setdefault(found[1], [{}] if found[2] else {}), found[3]
+            if found[2] and isinstance(place, list):
+                place = place[0]
+        if not isinstance(place, dict) or key in place:
+            raise ApiError(400, f"{name[:64]} is given twice.", param=name[:64], code="invalid_value")
+        place[key] = value
+    return values
 
 
 def _json(body: bytes) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 
+from pydantic import BaseModel
+
 from models.bundle import Manifest
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
@@ -95,8 +97,11 @@ def work_of(manifest: Manifest, spec: VideoSpec) -> float:
     return float(tokens * rows * spec.num_inference_steps * spec.best_of)
 
 
-def idempotency(key: str | None, body: CreateVideoRequest) -> Idempotency | None:
-    """What an `Idempotency-Key` header stands for. Raises `ApiError` for one that can't be used."""
+def idempotency(key: str | None, body: BaseModel, source: str = "") -> Idempotency | None:
+    """What an `Idempotency-Key` header stands for; `source` is the hash of what the video begins from.
+
+    Raises `ApiError` for one that can't be used.
+    """
     if key is None:
         return None
     if not 0 < len(key) <= _MAX_KEY_CHARACTERS or not key.isprintable():
@@ -104,4 +109,4 @@ def idempotency(key: str | None, body: CreateVideoRequest) -> Idempotency | None
         raise ApiError(400, message, param="Idempotency-Key", code="invalid_value")
     # Whether somebody watches makes no other video.
     asked = body.model_dump_json(exclude={"stream"}, exclude_none=True)
-    return Idempotency(key, hashlib.sha256(asked.encode()).hexdigest())
+    return Idempotency(key, hashlib.sha256((source + asked).encode()).hexdigest())

@@ -1,4 +1,4 @@
-"""`/v1/files`: what batches are made of, and what they answer with."""
+"""`/v1/files`: what batches are made of and what they answer with, and pictures that videos begin from."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from serving.jobs.storage import Storage
 PATH = "/v1/files"
 _DAY_SECONDS = 86400
 _LIFETIME_SECONDS = 30 * _DAY_SECONDS
+# `vision` and `user_data` are what OpenAI's clients upload pictures as.
+_PURPOSES = ("batch", "vision", "user_data")
 _FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
 _UPLOAD_DOCUMENT = {
     "requestBody": {
@@ -32,7 +34,7 @@ _UPLOAD_DOCUMENT = {
                     "required": ["file", "purpose"],
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": ["batch"]},
+                        "purpose": {"type": "string", "enum": list(_PURPOSES)},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
                         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": _LIFETIME_SECONDS},
                     },
@@ -58,13 +60,13 @@ def files_router(storage: Storage) -> APIRouter:
         try:
             # Beyond a megabyte, the upload goes to a file on the disk as it comes.
             async with request.form(max_files=1, max_fields=len(_FIELDS)) as form:
-                upload, lifetime_seconds = _checked(form)
+                upload, purpose, lifetime_seconds = _checked(form)
                 with artifacts.scratch() as path:
                     with path.open("wb") as target:
                         await asyncio.to_thread(shutil.copyfileobj, upload.file, target)
                     name = re.sub(r"[\x00-\x1f\x7f]", "", upload.filename or "")[-255:] or "upload"
                     stored = await files.add(
-                        path, owner=owner, purpose="batch", filename=name, lifetime_seconds=lifetime_seconds
+                        path, owner=owner, purpose=purpose, filename=name, lifetime_seconds=lifetime_seconds
                     )
         except HTTPException as error:
             raise ApiError(400, f"The form can't be read: {error.detail}", code="invalid_form") from None
@@ -107,15 +109,23 @@ def files_router(storage: Storage) -> APIRouter:
             file.key,
             known,
             kind="application/octet-stream",
-            name=f"{file.id}.jsonl",
+            name=f"{file.id}{_suffix(file)}",
             made=file.created_at,
         )
 
     return router
 
 
-def _checked(form: FormData) -> tuple[UploadFile, float]:
-    """The upload, and how many seconds it is kept. Raises `ApiError`, which names the field."""
+def _suffix(file: StoredFile) -> str:
+    """What a download's name ends with: the upload's own ending, if it is a plain one."""
+    if file.purpose.startswith("batch"):
+        return ".jsonl"
+    found = re.search(r"\.[A-Za-z0-9]{1,8}\Z", file.filename)
+    return found[0] if found else ""
+
+
+def _checked(form: FormData) -> tuple[UploadFile, str, float]:
+    """The upload, its purpose, and how many seconds it is kept. Raises `ApiError`, which names the field."""
     names = [name for name, _ in form.multi_items()]
     for name in names:
         if name not in _FIELDS:
@@ -128,9 +138,11 @@ def _checked(form: FormData) -> tuple[UploadFile, float]:
     upload = form["file"]
     if not isinstance(upload, UploadFile):
         raise ApiError(400, "file must be an uploaded file.", param="file", code="invalid_value")
-    if form["purpose"] != "batch":
-        raise ApiError(400, "purpose must be 'batch'.", param="purpose", code="invalid_value")
-    return upload, _lifetime(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
+    purpose = form["purpose"]
+    if not isinstance(purpose, str) or purpose not in _PURPOSES:
+        message = f"purpose must be one of {', '.join(_PURPOSES)}."
+        raise ApiError(400, message, param="purpose", code="invalid_value")
+    return upload, purpose, _lifetime(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
 
 
 def _lifetime(anchor: object, seconds: object) -> float:

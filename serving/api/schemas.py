@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -12,13 +12,14 @@ from models.bundle import Manifest
 from serving.api.errors import ApiError
 from serving.jobs.store import Video, VideoStatus
 
-# Fields of OpenAI's request that this service knows of and can't honour yet: better said than ignored.
-_UNSUPPORTED = frozenset({"input_reference"})
-
 
 def _whole_number(value: Any) -> Any:
     """OpenAI sends `seconds` as a string, people send a number; both mean the same."""
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10 else value
+
+
+WholeSeconds = Annotated[int, BeforeValidator(_whole_number, json_schema_input_type=str | int)]
+_Request = TypeVar("_Request", bound=BaseModel)
 
 
 class CreateVideoRequest(BaseModel):
@@ -28,9 +29,7 @@ class CreateVideoRequest(BaseModel):
 
     prompt: str = Field(description="What to show.")
     model: str | None = Field(default=None, description="A model's name, as `GET /v1/models` lists it.")
-    seconds: Annotated[int, BeforeValidator(_whole_number, json_schema_input_type=str | int)] | None = Field(
-        default=None, description="Whole seconds, as a string or a number."
-    )
+    seconds: WholeSeconds | None = Field(default=None, description="Whole seconds, as a string or a number.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT` in pixels.")
     seed: int | None = Field(
         default=None, description="The same seed gives the same video; random when it is left out."
@@ -60,23 +59,67 @@ class CreateVideoRequest(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _without_nul(cls, text: str | None) -> str | None:
-        """PostgreSQL can't keep it, and it shows nothing."""
-        if text is not None and "\0" in text:
-            raise ValueError("it must not contain a NUL character")
-        return text
+        return without_nul(text)
+
+
+class RemixVideoRequest(BaseModel):
+    """The body of `POST /v1/videos/{id}/remix`; everything that isn't said here is as in the video."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(description="What to show now.")
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How far to go from the video: near 0 it stays as it is, 1 keeps nothing of it.",
+    )
+    seed: int | None = Field(default=None, description="The video's own when it is left out; random for an upload.")
+    rewrite_prompt: bool | None = Field(default=None, description="As in `POST /v1/videos`.")
+    webhook_url: str | None = Field(default=None, description="As in `POST /v1/videos`.")
+    stream: bool = Field(default=False, description="As in `POST /v1/videos`.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _without_nul(cls, text: str) -> str | None:
+        return without_nul(text)
+
+
+class EditVideoRequest(RemixVideoRequest):
+    """The body of `POST /v1/videos/edits`, beside the `video` itself."""
+
+    model: str | None = Field(default=None, description="For an uploaded video; else it is the video's own.")
+
+
+class ExtendVideoRequest(EditVideoRequest):
+    """The body of `POST /v1/videos/extensions`, beside the `video` itself."""
+
+    strength: None = None
+    seconds: WholeSeconds = Field(description="How much is added, in whole seconds.")
+
+
+def without_nul(text: str | None) -> str | None:
+    """PostgreSQL can't keep it, and it shows nothing. Raises `ValueError`."""
+    if text is not None and "\0" in text:
+        raise ValueError("it must not contain a NUL character")
+    return text
 
 
 def parse_create(values: Any, *, form: bool) -> CreateVideoRequest:
+    """`parse` for the body of `POST /v1/videos`, without the `input_reference`."""
+    return parse(CreateVideoRequest, values, form=form)
+
+
+def parse(request: type[_Request], values: Any, *, form: bool) -> _Request:
     """Check a decoded body; in a form everything is text, in JSON types must be right.
 
     Raises `ApiError` (400), which names the field.
     """
     if not isinstance(values, Mapping):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_type")
-    for name in _UNSUPPORTED & values.keys():
-        raise ApiError(400, f"{name} is not supported by this model.", param=name, code="unsupported_parameter")
     try:
-        return CreateVideoRequest.model_validate(values, strict=not form)
+        return request.model_validate(values, strict=not form)
     except ValidationError as error:
         raise named_error(error.errors(include_url=False)) from None
 
@@ -142,6 +185,7 @@ def video_object(video: Video) -> VideoObject:
         revised_prompt=video.request.get("revised_prompt"),
         size=video.size,
         seconds=video.seconds,
+        remixed_from_video_id=video.request.get("source_video_id"),
         error=VideoError(code=video.error_code or "failed", message=video.error_message or "") if failed else None,
         seed=video.request["seed"],
         negative_prompt=video.request["negative_prompt"],

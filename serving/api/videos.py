@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Query, Request, Response
 
-from serving.api.auth import Owner, may_see
-from serving.api.body import read_body
+from serving.api.auth import Owner
+from serving.api.beginnings import Beginnings
+from serving.api.body import opened_body
 from serving.api.content import file_response
-from serving.api.creation import WebhookPolicy, idempotency, new_video
+from serving.api.creation import WebhookPolicy, new_video
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
-from serving.api.schemas import (
-    CreateVideoRequest,
-    DeletedVideo,
-    VideoList,
-    VideoObject,
-    parse_create,
-    video_object,
-)
-from serving.api.streams import follow_video
+from serving.api.queueing import IdempotencyKey, VideoQueue, body_document, not_found
+from serving.api.schemas import CreateVideoRequest, DeletedVideo, VideoList, VideoObject, parse_create, video_object
 from serving.jobs.artifacts import video_key
-from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
-from serving.jobs.store import IdempotencyConflict, Video, VideoNotFound, VideoStatus
+from serving.jobs.store import VideoNotFound, VideoStatus
 from serving.jobs.sweeper import Sweeper
 from serving.jobs.video import is_video_id
 
-# The body is read by hand, for it may be JSON or a form: this says so in the OpenAPI document.
-_CREATE_SCHEMA = CreateVideoRequest.model_json_schema()
-_CREATE_DOCUMENT = {
-    "requestBody": {
-        "required": True,
-        "content": {kind: {"schema": _CREATE_SCHEMA} for kind in ("application/json", "multipart/form-data")},
-    }
-}
 Variant = Literal["video", "thumbnail", "spritesheet"]
 _FILES: dict[Variant, tuple[str, str]] = {
     "video": ("video.mp4", "video/mp4"),
@@ -50,51 +32,33 @@ _CONTENT_DOCUMENT = {
     206: {"description": "The part of it that `Range` asked for."},
     304: {"description": "It is what `If-None-Match` named."},
 }
-_POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 
 
 def videos_router(
-    storage: Storage, catalog: Catalog, wake: Callable[[], Awaitable[None]], webhooks: WebhookPolicy
+    storage: Storage, catalog: Catalog, webhooks: WebhookPolicy, queue: VideoQueue, beginnings: Beginnings
 ) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
     store, artifacts = storage.videos, storage.artifacts
     sweeper = Sweeper(store, artifacts)
 
-    async def existing(video_id: str, owner: str | None) -> Video:
-        video = await store.get(video_id) if is_video_id(video_id) else None
-        if video is None or video.deleted_at is not None or not may_see(owner, video.owner):
-            raise _not_found(video_id)
-        return video
-
-    async def shown(video: Video, response: Response) -> VideoObject:
-        if not video.status.final:
-            response.headers["openai-poll-after-ms"] = str(_poll_after_ms(await storage.estimates.seconds_left(video)))
-        return video_object(video)
-
-    @router.post("", response_model=VideoObject, openapi_extra=_CREATE_DOCUMENT)
+    @router.post("", response_model=VideoObject, openapi_extra=body_document(CreateVideoRequest, picture=True))
     async def create_video(
-        request: Request, response: Response, owner: Owner, idempotency_key: Annotated[str | None, Header()] = None
+        request: Request, response: Response, owner: Owner, idempotency_key: IdempotencyKey = None
     ) -> Response | VideoObject:
-        values, form = await read_body(request)
-        body = parse_create(values, form=form)
-        try:
-            asked = new_video(body, catalog, webhooks, owner=owner)
-            video = await store.create(asked, idempotency(idempotency_key, body))
-        except IdempotencyConflict:
-            message = "This Idempotency-Key was used for another request."
-            raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
-        except LimitReached as error:
-            headers = {"Retry-After": str(math.ceil(max(1.0, error.retry_seconds)))}
-            raise ApiError(429, error.message, code="rate_limit_exceeded", headers=headers) from None
-        await wake()
-        if not body.stream:
-            return await shown(video, response)
-        # Closing this connection ends the watching, not the video.
-        return StreamingResponse(
-            follow_video(store, artifacts.videos_dir, video.id),
-            media_type="video/mp4",
-            headers={"X-Video-Id": video.id, "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
+        async with opened_body(request) as (values, form):
+            asked = values if isinstance(values, dict) else {}
+            reference, characters = asked.pop("input_reference", None), asked.pop("characters", None)
+            body = parse_create(values, form=form)
+            video, source = new_video(body, catalog, webhooks, owner=owner), ""
+            manifest = catalog.resolve(body.model)[1]
+            if reference is not None and characters is not None:
+                message = "characters can't be used together with input_reference: a video begins with one picture."
+                raise ApiError(400, message, param="characters", code="invalid_value")
+            if reference is not None:
+                video, source = await beginnings.from_picture(video, manifest, reference, owner)
+            if characters is not None:
+                video, source = await beginnings.from_character(video, manifest, characters, owner)
+        return await queue.put(request, response, video, body, source)
 
     @router.get("")
     async def list_videos(
@@ -115,33 +79,33 @@ def videos_router(
 
     @router.get("/{video_id}")
     async def retrieve_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
-        return await shown(await existing(video_id, owner), response)
+        return await queue.shown(await queue.existing(video_id, owner), response)
 
     @router.post("/{video_id}/cancel")
     async def cancel_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
         """A queued video fails at once, a running one within a step; one that has ended stays as it is."""
-        await existing(video_id, owner)
+        await queue.existing(video_id, owner)
         try:
             cancelled = await store.request_cancel(video_id)
         except VideoNotFound:  # somebody deleted it meanwhile
-            raise _not_found(video_id) from None
-        return await shown(cancelled, response)
+            raise not_found(video_id) from None
+        return await queue.shown(cancelled, response)
 
     @router.delete("/{video_id}")
     async def delete_video(video_id: str, owner: Owner) -> DeletedVideo:
         """Cancels it where it isn't finished. Its files go with it."""
-        await existing(video_id, owner)
+        await queue.existing(video_id, owner)
         try:
             deleted = await store.delete(video_id)
         except VideoNotFound:  # somebody else deleted it meanwhile
-            raise _not_found(video_id) from None
+            raise not_found(video_id) from None
         if deleted.status.final:
             await sweeper.remove(deleted)
         return DeletedVideo(id=video_id)
 
     @router.get("/{video_id}/content", response_class=Response, responses=_CONTENT_DOCUMENT)  # type: ignore[arg-type]
     async def download_video(request: Request, video_id: str, owner: Owner, variant: Variant = "video") -> Response:
-        video = await existing(video_id, owner)
+        video = await queue.existing(video_id, owner)
         if video.status is VideoStatus.FAILED:
             raise ApiError(400, f"The video failed: {video.error_message}", param="video_id", code="video_failed")
         if video.status is not VideoStatus.COMPLETED:
@@ -164,14 +128,3 @@ def videos_router(
 
     router.head("/{video_id}/content", include_in_schema=False)(download_video)
     return router
-
-
-def _not_found(video_id: str) -> ApiError:
-    return ApiError(404, f"There is no video {video_id[:64]!r}.", param="video_id", code="video_not_found")
-
-
-def _poll_after_ms(seconds_left: float | None) -> int:
-    """When to ask again: about when it should be done, but soon enough to show progress."""
-    if seconds_left is None:
-        return _POLL_UNKNOWN_MS
-    return round(min(_POLL_LATEST_MS, max(_POLL_SOONEST_MS, 1000 * seconds_left)))

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from models.bundle import Bundle
 from serving.api.app import create_api
+from serving.api.beginnings import ReferencePolicy
 from serving.config import ServiceConfig
 from serving.deployments.storage import open_storage, webhook_policy
 
@@ -36,6 +37,7 @@ class ApiDeployment:
             max_body_bytes=config.api.max_body_bytes,
             max_file_bytes=config.api.max_file_bytes,
             rewriter=config.text_encoder.rewriter,
+            references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
         )
 
     async def _wake(self) -> None:

@@ -8,15 +8,19 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serving.jobs.artifacts import Artifact, Artifacts, video_key
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.store import StaleFence, Video, VideoStore
 from serving.media.fmp4 import remux_to_mp4
+from serving.media.frames import read_all
 from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
-from serving.pipeline.stages import Decoder, Denoiser, Fragment, StepDone, TextEncoder, VideoSpec
+from serving.pipeline.stages import Decoder, Denoiser, Fragment, FrameEncoder, StepDone, TextEncoder, VideoSpec
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ class Stages:
     decoder: Decoder
     rewriter: Rewriter | None = None
     captioner: Captioner | None = None
+    encoder: FrameEncoder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +108,21 @@ class Attempt:
             sink=append,
             on_progress=self._on_step,
             captioner=self._stages.captioner,
+            encoder=self._stages.encoder,
+            source=await self._source(),
         )
         await writer.close()
         await asyncio.to_thread(self._finish, writer.log)
+
+    async def _source(self) -> NDArray[np.uint8] | None:
+        """The frames that the video begins from."""
+        spec = self._spec
+        if spec.source is None:
+            return None
+        with self._artifacts.scratch() as path:
+            await asyncio.to_thread(self._artifacts.fetch, spec.source, path)
+            # What was kept has the size and the rate already: it was checked when the video was asked for.
+            return await asyncio.to_thread(read_all, path, spec.width, spec.height, spec.source_frames)
 
     def _finish(self, log: FragmentLog) -> None:
         """The log as one file, and the pictures of it."""

@@ -157,7 +157,10 @@ class BatchWorker:
         if request.get("url") != batch.endpoint:
             raise LineError("invalid_value", f"url must be the batch's endpoint, {batch.endpoint!r}.", "url")
         try:
-            body = parse_create(request.get("body"), form=False)
+            asked = request.get("body")
+            if isinstance(asked, dict) and "input_reference" in asked:
+                raise LineError("invalid_value", "input_reference can't be used in a batch.", "body.input_reference")
+            body = parse_create(asked, form=False)
             if body.stream:
                 raise LineError("invalid_value", "stream can't be used in a batch.", "body.stream")
             video = new_video(body, self._catalog, self._webhooks, owner=batch.owner, priority=BATCH)

@@ -68,7 +68,10 @@ class RemoteDenoiser:
 
 
 class RemoteDecoder:
-    """`Decoder` with sticky sessions: the deployment's router sends equal session ids to one replica."""
+    """`Decoder` with sticky sessions: the deployment's router sends equal session ids to one replica.
+
+    Also `FrameEncoder`, on any of them.
+    """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -88,6 +91,10 @@ class RemoteDecoder:
         except RayActorError:
             return
 
+    async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        latents: NDArray[np.float32] = await self._handle.encode_frames.remote(frames)
+        return latents
+
     async def _close(self, video_id: str) -> None:
         await self._session(video_id).close.remote(video_id)
 
@@ -96,11 +103,12 @@ class RemoteDecoder:
 
 
 def remote_stages(handles: StageHandles) -> Stages:
-    text_encoder = RemoteTextEncoder(handles.text_encoder)
+    text_encoder, decoder = RemoteTextEncoder(handles.text_encoder), RemoteDecoder(handles.decoder)
     return Stages(
         text_encoder,
         RemoteDenoiser(handles.denoiser),
-        RemoteDecoder(handles.decoder),
+        decoder,
         rewriter=text_encoder,
         captioner=text_encoder,
+        encoder=decoder,
     )

@@ -99,6 +99,11 @@ class Artifacts:
         finally:
             await asyncio.to_thread(file.close)
 
+    def fetch(self, key: str, target: Path) -> None:
+        """Copy a file to `target`. Raises `FileNotFoundError`."""
+        with self._files.open(self._path(key), "rb") as file, target.open("wb") as copy:
+            shutil.copyfileobj(file, copy, _PIECE_BYTES)
+
     @contextmanager
     def lines(self, key: str) -> Iterator[Iterator[bytes]]:
         """A text file's lines, read as they are asked for. Raises `FileNotFoundError`."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +15,6 @@ from models.bundle import Bundle, CaptionerInfo
 from serving.engines.engine import Engine
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
 from serving.pipeline.words import EngineSpeaker
-
-_GROUP = 4
 
 
 class Captioner(Protocol):
@@ -80,35 +77,3 @@ def in_common(one: str, other: str) -> float:
 def _pieces(text: str) -> Counter[tuple[str, ...]]:
     words = text.lower().replace(",", " ").split()
     return Counter([*((word,) for word in words), *pairwise(words)])
-
-
-class EngineEncoder:
-    """Frames to latents: the VAE's encoder, with its cache kept from group to group of four frames."""
-
-    def __init__(self, first: Engine, following: Engine) -> None:
-        self._first, self._following = first, following
-
-    @classmethod
-    def open(cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU) -> EngineEncoder:
-        """For a bundle with a captioner."""
-        return cls(
-            OnnxRuntimeEngine(bundle.path_of("encoder_first"), threads=threads, provider=provider),
-            OnnxRuntimeEngine(bundle.path_of("encoder_next"), threads=threads, provider=provider),
-        )
-
-    def encode(self, frames: Iterable[NDArray[np.uint8]], max_latent_frames: int) -> NDArray[np.float32]:
-        """Normalised latents `[channels, n, height, width]` of frames `[height, width, 3]`.
-
-        Takes no more frames than `max_latent_frames` need, and leaves out an incomplete last group. There must be a
-        frame.
-        """
-        waiting = iter(frames)
-        outputs = self._first.run({"frames": next(waiting)[None, None]})
-        latents = [outputs.pop("latents")]
-        cache = outputs
-        while len(latents) < max_latent_frames and len(group := list(islice(waiting, _GROUP))) == _GROUP:
-            outputs = self._following.run({"frames": np.stack(group)[None], **cache})
-            latents.append(outputs.pop("latents"))
-            cache = {name.removeprefix("next_"): value for name, value in outputs.items()}
-        encoded: NDArray[np.float32] = np.concatenate(latents, axis=2)[0]
-        return encoded

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.stages import (
@@ -16,6 +17,7 @@ from serving.pipeline.stages import (
     Denoiser,
     DenoiseRequest,
     Fragment,
+    FrameEncoder,
     LatentChunk,
     LostSession,
     StepDone,
@@ -45,6 +47,8 @@ async def generate(
     sink: Sink,
     on_progress: OnProgress | None = None,
     captioner: Captioner | None = None,
+    encoder: FrameEncoder | None = None,
+    source: NDArray[np.uint8] | None = None,
 ) -> None:
     """Await `sink` with every fragment once, in order, while later chunks are still being made.
 
@@ -54,8 +58,11 @@ async def generate(
 
     With `spec.best_of` above one, so many videos are denoised, of this seed and the following ones; only the one that
     `captioner` finds nearest to the prompt is decoded. Raises `ValueError` when there is no captioner then.
+
+    `source` are the frames `[spec.source_frames, height, width, 3]` that a video with `spec.source` begins from, for
+    `encoder` to make latents of. Raises `ValueError` when one of the two is missing.
     """
-    run = _Generation(video_id, spec, text_encoder, denoiser, decoder, on_progress, captioner)
+    run = _Generation(video_id, spec, text_encoder, denoiser, decoder, on_progress, captioner, encoder, source)
     try:
         await run.to(sink)
     except BaseException:
@@ -73,11 +80,14 @@ class _Generation:
         decoder: Decoder,
         on_progress: OnProgress | None,
         captioner: Captioner | None,
+        encoder: FrameEncoder | None,
+        source: NDArray[np.uint8] | None,
     ) -> None:
         self._video_id, self._spec = video_id, spec
         self._text_encoder, self._denoiser, self._decoder = text_encoder, denoiser, decoder
         self._on_progress = on_progress
         self._captioner = captioner
+        self._encoder, self._source = encoder, source
         self._chunks: list[LatentChunk] = []
         self._decodes: asyncio.Queue[asyncio.Task[Fragment] | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(WINDOW)
@@ -160,7 +170,14 @@ class _Generation:
             conditional=await self._text_encoder.encode(spec.rendered_prompt),
             unconditional=await self._text_encoder.encode(spec.negative_prompt) if guided else None,
             scenes=tuple([(start, await self._text_encoder.encode(prompt)) for start, prompt in spec.scene_prompts]),
+            source=await self._encode_source() if spec.source is not None else None,
         )
+
+    async def _encode_source(self) -> NDArray[np.float32]:
+        if self._encoder is None or self._source is None:
+            missing = "encoder for its frames" if self._encoder is None else "frames of it"
+            raise ValueError(f"{self._video_id} begins from another video or a picture, but there is no {missing}")
+        return await self._encoder.encode_frames(self._source)
 
     async def _decode(self, chunk: LatentChunk, previous: asyncio.Task[Fragment] | None) -> Fragment:
         """Decode a chunk; when the session is lost, first decode the chunks before it again (exact, so dropped)."""

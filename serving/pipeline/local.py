@@ -7,11 +7,15 @@ from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.bundle import Bundle
 from serving.engines.onnx_runtime import CPU
 from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
+from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.generation import OnProgress, Sink, generate
 from serving.pipeline.rewriting import OnnxRewriter, revise
 from serving.pipeline.scheduler import Limits
@@ -30,6 +34,7 @@ class LocalPipeline:
         decoder: EngineDecoder,
         rewriter: OnnxRewriter | None = None,
         captioner: EngineCaptioner | None = None,
+        encoder: EngineEncoder | None = None,
     ) -> None:
         self.bundle = bundle
         self.text_encoder = text_encoder
@@ -37,6 +42,7 @@ class LocalPipeline:
         self.decoder = decoder
         self.rewriter = rewriter
         self.captioner = captioner
+        self.encoder = encoder
 
     @classmethod
     def open(
@@ -56,6 +62,7 @@ class LocalPipeline:
             EngineDecoder.open(bundle, threads=threads, provider=provider, plans=plans),
             OnnxRewriter.open(bundle),
             EngineCaptioner.open(bundle),
+            EngineEncoder.open(bundle, threads=threads, provider=provider),
         )
 
     async def revise(self, spec: VideoSpec) -> VideoSpec:
@@ -63,7 +70,13 @@ class LocalPipeline:
         return await revise(spec, self.rewriter)
 
     async def generate(
-        self, spec: VideoSpec, sink: Sink, on_progress: OnProgress | None = None, *, video_id: str | None = None
+        self,
+        spec: VideoSpec,
+        sink: Sink,
+        on_progress: OnProgress | None = None,
+        *,
+        video_id: str | None = None,
+        source: NDArray[np.uint8] | None = None,
     ) -> None:
         """As `generation.generate`, after `revise`; without a `video_id` the video gets one that no other has."""
         await generate(
@@ -75,6 +88,8 @@ class LocalPipeline:
             sink=sink,
             on_progress=on_progress,
             captioner=self.captioner,
+            encoder=self.encoder,
+            source=source,
         )
 
     async def __aenter__(self) -> Self:
@@ -90,3 +105,5 @@ class LocalPipeline:
             await self.rewriter.stop()
         if self.captioner:
             await self.captioner.stop()
+        if self.encoder:
+            await self.encoder.stop()

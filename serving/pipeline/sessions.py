@@ -39,7 +39,9 @@ class Session(ABC):
         self._chunk_frames = manifest.chunk_latent_frames
         self._latent_shape = latent_shape(manifest, spec)
         tokens = math.prod(self._latent_shape[1:]) // self._patch**2
-        self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler)
+        self._source = _Source(request, self._latent_shape)
+        skipped = 0 if spec.strength is None else skipped_steps(spec.num_inference_steps, spec.strength)
+        self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
         self._texts = [request.conditional.hidden_states]
         if spec.guidance_scale > 1:
@@ -95,7 +97,9 @@ class BidirectionalSession(Session):
             raise ValueError(f"{request.video_id}: {manifest.name} is bidirectional, so its prompt can't change")
         self._text = np.stack(self._texts)
         self._noise = _Noise(self._seed)
-        self._state = _start(self._table, self._noise.draw(self._latent_shape))
+        noise = self._noise.draw(self._latent_shape)
+        self._held = self._source.within(0, noise)
+        self._state = self._held.begin(self._table, noise)
 
     @property
     def calls(self) -> int:
@@ -119,6 +123,7 @@ class BidirectionalSession(Session):
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
         self._state = _advance(self._table, self.calls_done, self._state, outputs["velocity"], self._noise)
         self.calls_done += 1
+        self._held.put(self._state, float(self._table.sigmas[self.calls_done]))
         if self.calls_done < self.calls:
             return []
         latents, size = self._state[0], self._chunk_frames
@@ -132,9 +137,9 @@ class BidirectionalSession(Session):
 class CausalSession(Session):
     """Chunk after chunk: the sampler's steps, and then the clean-context pass that moves the cache on.
 
-    A chunk is out before that pass, which the last one doesn't need. All that a chunk depends on is the cache and noise
-    of its own, drawn from the seed and its index; so the start of a video doesn't depend on its length, and neither do
-    a call's cost and the memory that is held.
+    A chunk is out before that pass, which the last one doesn't need; one that is given takes that pass alone. All that
+    a chunk depends on is the cache and noise of its own, drawn from the seed and its index; so the start of a video
+    doesn't depend on its length, and neither do a call's cost and the memory that is held.
     """
 
     _state: Floats
@@ -154,7 +159,8 @@ class CausalSession(Session):
 
     @property
     def calls(self) -> int:
-        return self.chunks * (self._table.steps + 1) - 1
+        given = self._source.frames // self._chunk_frames
+        return given + (self.chunks - given) * (self._table.steps + 1) - 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -176,21 +182,31 @@ class CausalSession(Session):
         self.calls_done += 1
         if self._step == self._table.steps:
             self._cache[:, :, :, self._window.frames_of(self._chunk)] = outputs["chunk_cache"]
+            given = [self._shown()] if self._held.whole else []
             self._begin_chunk(self._chunk + 1)
-            return []
+            return given
         self._state = _advance(self._table, self._step, self._state, outputs["velocity"], self._noise)
         self._step += 1
+        self._held.put(self._state, float(self._table.sigmas[self._step]))
         if self._step < self._table.steps:
             return []
-        return [LatentChunk(self._chunk, self._state[0].copy(), last=self._chunk == self.chunks - 1)]
+        return [self._shown()]
+
+    def _shown(self) -> LatentChunk:
+        return LatentChunk(self._chunk, self._state[0].copy(), last=self._chunk == self.chunks - 1)
 
     def _begin_chunk(self, chunk: int) -> None:
-        self._chunk, self._step = chunk, 0
+        self._chunk = chunk
         if chunk in self._scenes:
             self._texts[0] = self._scenes[chunk]
         self._text = np.stack(self._texts)
         self._noise = _Noise(self._seed, chunk)
-        self._state = _start(self._table, self._noise.draw(self.shape))
+        noise = self._noise.draw(self.shape)
+        self._held = self._source.within(chunk * self._chunk_frames, noise)
+        self._state = self._held.begin(self._table, noise)
+        self._step = self._table.steps if self._held.whole else 0
+        if self._held.whole:
+            self._held.put(self._state, 0.0)
 
 
 class _Noise:
@@ -204,11 +220,61 @@ class _Noise:
         return np.random.Generator(np.random.Philox(sequence)).standard_normal(shape, dtype=np.float32)
 
 
-def _start(table: SamplerTable, noise: Floats) -> Floats:
-    """A sampler's state float32 `[1 + history, …]`: the noise in front of an empty history."""
-    state = np.zeros((1 + table.history, *noise.shape), np.float32)
-    state[0] = noise
-    return state
+class _Source:
+    """The latents that a request begins from: its own first frames, a draft of all of them, or none."""
+
+    def __init__(self, request: DenoiseRequest, shape: tuple[int, int, int, int]) -> None:
+        """Raises `ValueError` for latents that don't fit the video's."""
+        self._latents, self._draft = request.source, request.spec.strength is not None
+        self.frames = 0
+        if self._latents is None:
+            return
+        channels, frames, *sides = shape
+        given = self._latents.shape
+        if (given[0], *given[2:]) != (channels, *sides):
+            raise ValueError(f"{request.video_id}: the source's latents are {given}, the video's {shape}")
+        if self._draft and given[1] != frames:
+            raise ValueError(f"{request.video_id}: a draft has {given[1]} latent frames, the video {frames}")
+        if not self._draft and given[1] >= frames:
+            raise ValueError(f"{request.video_id}: {given[1]} latent frames are given, so none is left to make")
+        self.frames = 0 if self._draft else given[1]
+
+    def within(self, first: int, noise: Floats) -> _Held:
+        """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`."""
+        if self._latents is None:
+            return _Held(None, None, noise)
+        part = self._latents[:, first : first + noise.shape[1]]
+        return _Held(None, part, noise) if self._draft else _Held(part, None, noise)
+
+
+class _Held:
+    """What a run of frames begins from. Frames that are given are put back after every step, at its noise level
+    (the known region of RePaint, arXiv 2201.09865, without its resampling); a draft only begins there (SDEdit,
+    arXiv 2108.01073)."""
+
+    def __init__(self, kept: Floats | None, draft: Floats | None, noise: Floats) -> None:
+        self._kept, self._draft = kept, draft
+        self._noise = noise[:, : kept.shape[1]].copy() if kept is not None else None
+        self.whole = kept is not None and kept.shape[1] == noise.shape[1]
+
+    def begin(self, table: SamplerTable, noise: Floats) -> Floats:
+        """The sampler's first state float32 `[1 + history, …]`, with an empty history."""
+        state = np.zeros((1 + table.history, *noise.shape), np.float32)
+        sigma = table.sigmas[0]
+        state[0] = noise if self._draft is None else (1 - sigma) * self._draft + sigma * noise
+        self.put(state, float(sigma))
+        return state
+
+    def put(self, state: Floats, sigma: float) -> None:
+        """Put what is given back into a state at this noise level."""
+        if self._kept is not None and self._noise is not None:
+            level = np.float32(sigma)
+            state[0, :, : self._kept.shape[1]] = (1 - level) * self._kept + level * self._noise
+
+
+def skipped_steps(steps: int, strength: float) -> int:
+    """How many of the sampler's steps a draft skips; diffusers' rule, but one step is always left."""
+    return min(steps - int(min(steps * strength, steps)), steps - 1)
 
 
 def _advance(table: SamplerTable, step: int, state: Floats, velocity: Array, noise: _Noise) -> Floats:

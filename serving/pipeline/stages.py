@@ -18,6 +18,11 @@ class VideoSpec:
 
     `scene_prompts` are pairs of a time in seconds and the prompt from the first chunk on that begins then or later;
     only a causal model can have them.
+
+    A video with a `source`, the key of an artifact, begins from its first `source_frames` frames. Without a `strength`
+    they are the video's own first frames (a picture's is one; an extension's are a whole video's). With one they are a
+    draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
+    `source_video_id` says of which video it is, if it is one of this service.
     """
 
     prompt: str
@@ -33,6 +38,10 @@ class VideoSpec:
     rewrite_prompt: bool = False
     revised_prompt: str | None = None
     best_of: int = 1
+    source: str | None = None
+    source_frames: int = 0
+    strength: float | None = None
+    source_video_id: str | None = None
 
     @property
     def rendered_prompt(self) -> str:
@@ -52,7 +61,8 @@ class DenoiseRequest:
     """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`.
 
     `scenes` are `spec.scene_prompts`, encoded: from a time on another embedding stands in for `conditional`, while the
-    cached context is kept.
+    cached context is kept. `source` is what `spec.source` is as normalised latents float32 `[channels, frames, height,
+    width]`.
     """
 
     video_id: str
@@ -60,6 +70,7 @@ class DenoiseRequest:
     conditional: TextEmbedding
     unconditional: TextEmbedding | None
     scenes: tuple[tuple[float, TextEmbedding], ...] = ()
+    source: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,12 @@ class Fragment:
 
 class TextEncoder(Protocol):
     async def encode(self, prompt: str) -> TextEmbedding: ...
+
+
+class FrameEncoder(Protocol):
+    async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Normalised latents `[channels, n, h, w]` of frames `[frames, height, width, 3]`; incomplete groups of the
+        model's temporal factor after the first frame are left out."""
 
 
 class Denoiser(Protocol):

@@ -11,6 +11,8 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import Video
+from pictures import PICTURE, clip, data_url
 from service import WholeService
 from typer.testing import CliRunner
 
@@ -21,6 +23,7 @@ from serving.pipeline.local import LocalPipeline
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
 FAST = {"num_inference_steps": 2, "seed": 7}
+SHORT: dict[str, Any] = {"seconds": "1", "size": "64x64", "extra_body": FAST}
 
 
 @pytest.fixture
@@ -72,19 +75,68 @@ def sync_videos(sdk: openai.OpenAI, tmp_path: Path) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.videos.create(prompt="a ball", size="100x100")  # type: ignore[arg-type]
     assert (refused.value.param, refused.value.code) == ("size", "invalid_value")
-    for ask in (
-        lambda: sdk.videos.remix(video.id, prompt="a blue ball"),
-        lambda: sdk.videos.edit(prompt="a blue ball", video=b"video"),
-        lambda: sdk.videos.extend(prompt="a blue ball", seconds="4", video=b"video"),
-        lambda: sdk.videos.create_character(name="ball", video=b"video"),
-        lambda: sdk.videos.create(prompt="a ball", input_reference=b"image"),
-    ):
-        with pytest.raises(openai.BadRequestError, match="not supported by this model"):
-            ask()
-    with pytest.raises(openai.NotFoundError):
-        sdk.videos.get_character("char_1")
     assert [model.id for model in sdk.models.list()] == ["tiny", "sora-2"]
     assert sdk.models.retrieve("sora-2").id == "sora-2"
+
+
+def sync_beginnings(sdk: openai.OpenAI, moving: bytes) -> None:
+    """Everything that a video can begin from, by id and as an upload."""
+    video = sdk.videos.create_and_poll(prompt="a red ball", **SHORT)
+    picture = sdk.files.create(file=("a.png", PICTURE), purpose="vision")
+    character = sdk.videos.create_character(name="Rolly", video=moving)
+    assert character.id is not None
+    assert (character.name, sdk.videos.get_character(character.id).model_dump()) == ("Rolly", character.model_dump())
+    # The SDK takes only uploads where the contract has objects too (openai-python 3.57, `extract_files`).
+    hops = {"prompt": "it hops", "seconds": "1"}
+    named: list[dict[str, Any]] = [
+        {"input_reference": {"file_id": picture.id}},
+        {"input_reference": {"image_url": data_url(PICTURE)}},
+        {"characters": [{"id": character.id}]},
+    ]
+    made = [
+        sdk.videos.remix(video.id, prompt="a blue ball"),
+        sdk.post("/videos/edits", cast_to=Video, body={"prompt": "a blue ball", "video": {"id": video.id}}),
+        sdk.videos.edit(prompt="a blue ball", video=moving),
+        sdk.post("/videos/extensions", cast_to=Video, body={**hops, "video": {"id": video.id}}),
+        sdk.videos.extend(prompt="it hops", seconds="1", video=("a.mkv", moving)),  # type: ignore[arg-type]
+        sdk.videos.create(prompt="a ball", input_reference=("a.png", PICTURE), **SHORT),
+        *(sdk.videos.create(prompt="Rolly", seconds="1", size="64x64", extra_body={**FAST, **more}) for more in named),  # type: ignore[arg-type]
+    ]
+    seconds = [one.seconds for one in made]
+    assert seconds == ["1", "1", "1", "2", "2", "1", "1", "1", "1"]
+    origins = [one.remixed_from_video_id for one in made]
+    assert origins == [video.id, video.id, None, video.id, None, None, None, None, None]
+    for one in made:
+        done = sdk.videos.poll(one.id, poll_interval_ms=20)
+        assert (done.status, done.error) == ("completed", None)
+
+    with pytest.raises(openai.NotFoundError):
+        sdk.videos.get_character("char_1")
+    for ask, param in (
+        (lambda: sdk.videos.edit(prompt="a", video=b"video"), "video"),
+        (lambda: sdk.videos.extend(prompt="a", seconds="4", video=b"video"), "video"),
+        (lambda: sdk.videos.create_character(name="a", video=b"video"), "video"),
+        (lambda: sdk.videos.create_character(name="", video=moving), "name"),
+        (lambda: sdk.videos.create(prompt="a", input_reference=b"image"), "input_reference"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask()
+        assert refused.value.param == param
+
+
+async def async_beginnings(sdk: openai.AsyncOpenAI, moving: bytes) -> None:
+    video = await sdk.videos.create_and_poll(prompt="a red ball", **SHORT)
+    character = await sdk.videos.create_character(name="Rolly", video=moving)
+    assert character.id is not None
+    assert (await sdk.videos.get_character(character.id)).name == "Rolly"
+    made = [
+        await sdk.videos.remix(video.id, prompt="a blue ball"),
+        await sdk.videos.edit(prompt="a blue ball", video=moving),
+        await sdk.videos.extend(prompt="it hops", seconds="1", video=("a.mkv", moving)),  # type: ignore[arg-type]
+        await sdk.videos.create(prompt="a ball", input_reference=("a.png", PICTURE), **SHORT),
+    ]
+    for one in made:
+        assert (await sdk.videos.poll(one.id, poll_interval_ms=20)).status == "completed"
 
 
 def sync_batches(sdk: openai.OpenAI) -> None:
@@ -147,6 +199,14 @@ async def test_the_async_sdk(url: str) -> None:
             await sdk.batches.cancel(batch.id)
         assert (await sdk.files.delete(file.id)).deleted
         assert (await sdk.files.retrieve(batch.output_file_id)).purpose == "batch_output"
+
+
+async def test_the_sdks_make_videos_of_pictures_videos_and_characters(url: str, tmp_path: Path) -> None:
+    moving = clip(tmp_path, 17)
+    with openai.OpenAI(base_url=url, api_key="unused") as sdk:
+        await asyncio.to_thread(sync_beginnings, sdk, moving)
+    async with openai.AsyncOpenAI(base_url=url, api_key="unused") as async_sdk:
+        await async_beginnings(async_sdk, moving)
 
 
 async def test_rushes_submit_waits_for_the_answers(url: str, tmp_path: Path) -> None:

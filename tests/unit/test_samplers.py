@@ -69,6 +69,35 @@ def test_trajectory_is_that_of_diffusers(name: SamplerName, steps: int, shift: f
         np.testing.assert_allclose(state[0], expected[0].numpy(), atol=1e-5, rtol=0, err_msg=f"step {step}")
 
 
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+@pytest.mark.parametrize(("steps", "start"), [(20, 5), (20, 19), (7, 1), (3, 2)])
+def test_a_later_start_is_that_of_diffusers(name: SamplerName, steps: int, start: int) -> None:
+    """As its video-to-video pipelines begin: without a history, at some step of the whole schedule."""
+    reference = scheduler(name, 3.0)
+    import torch
+
+    reference.set_timesteps(steps)
+    reference.set_begin_index(start)
+    table = build_table(name, steps, shift=3.0, start=start)
+    assert table.steps == steps - start
+    np.testing.assert_array_equal(table.timesteps, reference.timesteps[start:].float().numpy())
+    np.testing.assert_allclose(table.sigmas, reference.sigmas[start:].numpy(), atol=1e-7, rtol=0)
+    expected = torch.from_numpy(noise())[None]
+    state = np.zeros((1 + table.history, *SHAPE), np.float32)
+    state[0] = noise()
+    for step, t in enumerate(reference.timesteps[start:]):
+        expected = reference.step(velocity(expected, float(t), 1.0), t, expected, return_dict=False)[0]
+        predicted = velocity(state[0], float(table.timesteps[step]), 1.0)
+        state = advance(table.coefficients[step], state, predicted, None)
+        np.testing.assert_allclose(state[0], expected[0].numpy(), atol=1e-5, rtol=0, err_msg=f"step {step}")
+
+
+def test_no_start_leaves_nothing_to_do() -> None:
+    for start in (-1, 4, 5):
+        with pytest.raises(ValueError, match="at least one step"):
+            build_table("unipc", 4, shift=3.0, start=start)
+
+
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -13,7 +13,7 @@ from models.bundle import CausalInfo, LatentInfo, LimitsInfo, Manifest, SamplerI
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import Session, open_session
+from serving.pipeline.sessions import Session, open_session, skipped_steps
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
 
 MANIFEST = Manifest(
@@ -47,6 +47,8 @@ def outputs(feeds: dict[str, Array], scale: float = 0.1) -> dict[str, Array]:
     """Something that depends on the latents, and a cache that tells which chunk and which row wrote it."""
     latents = feeds["latents"]
     rows, _, frames, height, width = latents.shape
+    if "write_index" not in feeds:
+        return {"velocity": latents * np.float32(scale)}
     written = (1 + feeds["write_index"] + 100.0 * np.arange(rows)).astype(np.float32)
     shape = (rows, 2, 2, frames, height // 2, width // 2, 4)
     chunk_cache = np.broadcast_to(written.reshape(rows, *[1] * 6), shape)
@@ -161,3 +163,86 @@ def test_what_a_rollout_cannot_do_is_refused() -> None:
         _ = both_ways.window
     with pytest.raises(ValueError, match="unconditional embedding"):
         open_session(MANIFEST, replace(request(guidance_scale=2.0), unconditional=None))
+
+
+WHOLE = MANIFEST.model_copy(
+    update={
+        "rollout": "bidirectional",
+        "causal": None,
+        "sampler": SamplerInfo(name="unipc", shift=3.0, num_inference_steps=8, guidance_scale=2.0),
+    }
+)
+
+
+def begun(
+    manifest: Manifest, frames: int, *, strength: float | None = None, seconds: int = 2, value: float = 0.5
+) -> DenoiseRequest:
+    """A request for 33 frames (9 latent ones) that begins from so many, each of one value: `value` plus its number."""
+    spec = make_spec(manifest, "a ball", seconds=seconds, seed=7, num_inference_steps=8)
+    spec = replace(spec, source="videos/a/source", source_frames=1 + 4 * (frames - 1), strength=strength)
+    source = np.full((4, frames, 4, 4), value, np.float32) + np.arange(frames, dtype=np.float32)[:, None, None]
+    return DenoiseRequest("video", spec, text(1), text(-1), source=source)
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("given", [1, 3, 4, 8])
+def test_given_frames_stay_as_they_are_and_the_rest_is_made(manifest: Manifest, given: int) -> None:
+    asked = begun(manifest, given)
+    session, plain = open_session(manifest, asked), open_session(manifest, replace(asked, source=None))
+    expected = session.calls
+    made = list(calls(session))
+    assert len(made) == expected == session.calls_done
+    assert asked.source is not None
+    latents = np.concatenate([chunk.latents for _, chunks in made for chunk in chunks], axis=1)
+    assert latents.shape == (4, 9, 4, 4)
+    np.testing.assert_array_equal(latents[:, :given], asked.source)
+    # A given chunk takes one call: the one that the chunks after it look back on.
+    saved = 8 * (given // 3) if manifest.rollout == "causal" else 0
+    assert plain.calls - expected == saved
+    indices = [chunk.index for _, chunks in made for chunk in chunks]
+    assert indices == [0, 1, 2]
+    assert made[-1][1][-1].last
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
+def test_given_frames_are_seen_at_the_noise_level_of_the_step(manifest: Manifest) -> None:
+    asked = begun(manifest, 4)
+    for feeds, _ in calls(open_session(manifest, asked)):
+        # UniPC asks the model at whole timesteps below the sigma that the latents have.
+        sigma = float(feeds["timestep"][0]) / 1000
+        if manifest.rollout == "causal" and int(feeds["write_index"][0]) == 0:
+            assert sigma == 0
+            np.testing.assert_array_equal(feeds["latents"][0].mean((0, 2, 3)), [0.5, 1.5, 2.5])
+        elif manifest.rollout == "bidirectional":
+            given = feeds["latents"][0, :, :4]
+            mean = (1 - sigma) * (0.5 + np.arange(4))
+            np.testing.assert_allclose(given.mean((0, 2, 3)), mean, atol=3 * sigma / 8 + 0.01)
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
+def test_a_draft_begins_at_its_noise_level(manifest: Manifest) -> None:
+    session = open_session(manifest, begun(manifest, 9, strength=0.5))
+    first = session.feeds()
+    # Four of eight steps are left; with the shift of 3, half of the way is a noise level of 0.75.
+    assert float(first["timestep"][0]) == pytest.approx(750, abs=1)
+    assert session.calls == (3 * 5 - 1 if manifest.rollout == "causal" else 4)
+    shown = first["latents"].shape[2]
+    np.testing.assert_allclose(first["latents"][0].mean((0, 2, 3)), 0.25 * (0.5 + np.arange(shown)), atol=3 * 0.75 / 8)
+    nothing_kept = open_session(manifest, begun(manifest, 9, strength=1.0, value=9.0)).feeds()["latents"]
+    from_noise = open_session(manifest, replace(begun(manifest, 9), source=None)).feeds()["latents"]
+    np.testing.assert_allclose(nothing_kept, from_noise, atol=1e-4)
+
+
+def test_a_draft_always_has_a_step() -> None:
+    assert [skipped_steps(20, strength) for strength in (1.0, 0.75, 0.5, 0.01)] == [0, 5, 10, 19]
+    assert skipped_steps(1, 0.5) == 0
+
+
+def test_a_source_that_does_not_fit_is_refused() -> None:
+    for asked, said in (
+        (begun(WHOLE, 9), "none is left to make"),
+        (begun(WHOLE, 8, strength=0.5), "a draft has 8 latent frames, the video 9"),
+        (replace(begun(WHOLE, 1), source=np.zeros((4, 1, 4, 6), np.float32)), "the source's latents are"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            open_session(WHOLE, asked)

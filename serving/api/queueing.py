@@ -1,0 +1,114 @@
+"""The last step of every request that makes a video: into the queue, and the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import Header, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from serving.api.auth import may_see
+from serving.api.beginnings import Beginnings
+from serving.api.creation import idempotency
+from serving.api.errors import ApiError
+from serving.api.schemas import CreateVideoRequest, RemixVideoRequest, VideoObject, video_object
+from serving.api.streams import follow_video
+from serving.jobs.keys import LimitReached
+from serving.jobs.storage import Storage
+from serving.jobs.store import IdempotencyConflict, Video
+from serving.jobs.video import is_video_id
+
+# For the OpenAPI document: it is read from the request where it is needed.
+IdempotencyKey = Annotated[str | None, Header()]
+# Paths whose bodies may hold a video or a picture.
+TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions", "/v1/videos/characters")
+_POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
+
+
+class VideoQueue:
+    """What the routers that make videos, or look for one, share."""
+
+    def __init__(self, storage: Storage, wake: Callable[[], Awaitable[None]], beginnings: Beginnings) -> None:
+        self._storage, self._wake, self._beginnings = storage, wake, beginnings
+
+    async def existing(self, video_id: str, owner: str | None, param: str = "video_id") -> Video:
+        """Raises `ApiError` (404) for a video that isn't there, or isn't this owner's to see."""
+        video = await self._storage.videos.get(video_id) if is_video_id(video_id) else None
+        if video is None or video.deleted_at is not None or not may_see(owner, video.owner):
+            raise not_found(video_id, param)
+        return video
+
+    async def shown(self, video: Video, response: Response) -> VideoObject:
+        """The answer's body; `response` gets the header that says when to ask again."""
+        if not video.status.final:
+            left = await self._storage.estimates.seconds_left(video)
+            response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
+        return video_object(video)
+
+    async def put(
+        self,
+        request: Request,
+        response: Response,
+        video: Video,
+        body: CreateVideoRequest | RemixVideoRequest,
+        source: str,
+    ) -> Response | VideoObject:
+        """Put a checked video into the queue; what it begins from is kept already, and goes again if it isn't taken."""
+        created = None
+        try:
+            key = idempotency(request.headers.get("idempotency-key"), body, source)
+            created = await self._storage.videos.create(video, key)
+        except IdempotencyConflict:
+            message = "This Idempotency-Key was used for another request."
+            raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None
+        except LimitReached as error:
+            headers = {"Retry-After": str(math.ceil(max(1.0, error.retry_seconds)))}
+            raise ApiError(429, error.message, code="rate_limit_exceeded", headers=headers) from None
+        finally:
+            if source and (created is None or created.id != video.id):
+                await self._beginnings.discard(video)
+        await self._wake()
+        if not body.stream:
+            return await self.shown(created, response)
+        # Closing this connection ends the watching, not the video.
+        return StreamingResponse(
+            follow_video(self._storage.videos, self._storage.artifacts.videos_dir, created.id),
+            media_type="video/mp4",
+            headers={"X-Video-Id": created.id, "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+
+def body_document(body: type[BaseModel], *, video: bool = False, picture: bool = False) -> dict[str, Any]:
+    """The body in the OpenAPI document: it is read by hand, for it may be JSON or a form."""
+    document = {}
+    for kind in ("application/json", "multipart/form-data"):
+        schema = body.model_json_schema()
+        upload: list[dict[str, Any]] = [{"type": "string", "format": "binary"}] if kind != "application/json" else []
+        if video:
+            schema["properties"]["video"] = {"anyOf": [_reference("id"), *upload]}
+            schema["required"] = [*schema["required"], "video"]
+        if picture:
+            schema["properties"]["input_reference"] = {
+                "anyOf": [_reference("image_url"), _reference("file_id"), *upload]
+            }
+            schema["properties"]["characters"] = {"type": "array", "items": _reference("id"), "maxItems": 1}
+        document[kind] = {"schema": schema}
+    return {"requestBody": {"required": True, "content": document}}
+
+
+def _reference(key: str) -> dict[str, Any]:
+    return {"type": "object", "required": [key], "properties": {key: {"type": "string"}}, "additionalProperties": False}
+
+
+def not_found(video_id: str, param: str = "video_id") -> ApiError:
+    return ApiError(404, f"There is no video {video_id[:64]!r}.", param=param, code="video_not_found")
+
+
+def _poll_after_ms(seconds_left: float | None) -> int:
+    """When to ask again: about when it should be done, but soon enough to show progress."""
+    if seconds_left is None:
+        return _POLL_UNKNOWN_MS
+    return round(min(_POLL_LATEST_MS, max(_POLL_SOONEST_MS, 1000 * seconds_left)))
