@@ -27,7 +27,7 @@ class EngineEncoder:
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU) -> EngineEncoder | None:
-        """None when the bundle can't encode. There are no plans of the encoder: it is on the CPU where plans are run."""
+        """None when the bundle can't encode. It has no plans: where others have, it is on the CPU."""
         if not bundle.manifest.encodes:
             return None
         provider = CPU if provider in NATIVE else provider
