@@ -43,15 +43,14 @@ def test_every_graph_builds_with_every_profile(
     kind: str, target: Target, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     bundle: Bundle = request.getfixturevalue(f"tiny_{kind}bundle")
-    sizes = [bundle.manifest.limits.default_size, (128, 64)]
-    plans = export_plans(bundle, target, tmp_path, sizes=sizes)
+    plans = export_plans(bundle, target, tmp_path)
     graphs = [name for name in SERVED_GRAPHS if name in bundle.manifest.graphs]
     assert len(plans) == len(graphs)
     for name, plan in zip(graphs, plans, strict=True):
         info = PlanInfo.model_validate_json(plan.with_suffix(".json").read_bytes())
         assert info.basis.graph == name
-        # The text encoder knows no sizes.
-        assert len(info.basis.profiles) == (1 if name == "text_encoder" else 3)
+        # The default size and any size; the text encoder knows none.
+        assert len(info.basis.profiles) == (1 if name == "text_encoder" else 2)
         for profile in info.basis.profiles:
             assert profile.keys() == {tensor.name for tensor in bundle.manifest.graphs[name].inputs}
         digest = graph_digest(bundle, name)
@@ -63,7 +62,7 @@ def test_every_graph_builds_with_every_profile(
 def test_other_precisions_build(precision: str, target: Target, tiny_bundle: Bundle, tmp_path: Path) -> None:
     made = quantize(tiny_bundle, tmp_path / "made", precision)  # type: ignore[arg-type]
     changed = [name for name in RECIPES[precision].graphs if name in made.manifest.graphs]  # type: ignore[index]
-    assert len(export_plans(made, target, tmp_path / "plans", graphs=changed)) == len(changed)
+    assert len(export_plans(made, target, tmp_path / "plans", graphs=changed, any_size=False)) == len(changed)
 
 
 def test_a_plan_is_built_once_and_recorded(target: Target, tiny_bundle: Bundle, tmp_path: Path) -> None:
