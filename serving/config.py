@@ -260,9 +260,9 @@ class ServiceConfig(_Strict):
         for name, path in bundles.items():
             if not (path / "bundle.json").is_file():
                 raise ConfigError(f"models.{name}: no bundle at {path}")
-        stages: tuple[StageConfig, ...] = (self.text_encoder, self.denoiser, self.decoder)
         text_encoder, denoiser, decoder = (
-            stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()}) for stage in stages
+            stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()})
+            for stage in self._stages
         )
         return self.model_copy(
             update={
@@ -274,12 +274,22 @@ class ServiceConfig(_Strict):
             }
         )
 
+    @property
+    def _stages(self) -> tuple[StageConfig, ...]:
+        return self.text_encoder, self.denoiser, self.decoder
+
+    def cores_of_one_model(self) -> float:
+        """What one model's replicas ask Ray for when it is loaded."""
+        return sum(stage.num_cpus * stage.autoscaling.min_replicas for stage in self._stages)
+
+    def gpus_of_one_model(self) -> float:
+        """The same in GPUs."""
+        return sum(stage.num_gpus * stage.autoscaling.min_replicas for stage in self._stages)
+
     def cores(self) -> float:
         """What the replicas ask Ray for when every stage is at its largest."""
-        stages: tuple[StageConfig, ...] = (self.text_encoder, self.denoiser, self.decoder)
-        of_one_model = sum(stage.num_cpus * stage.autoscaling.max_replicas for stage in stages)
         return (
-            of_one_model * len(self.models)
+            sum(stage.num_cpus * stage.autoscaling.max_replicas for stage in self._stages) * len(self.models)
             + self.runner.num_cpus * self.runner.replicas
             + self.api.num_cpus * self.api.replicas
         )

@@ -73,6 +73,7 @@ class Fleet:
         said += [f"unloaded {name}" for name in self._models if name not in models]
         if config == self._config and not said:
             return []
+        _check_room(len(new), config)
         try:
             if new:
                 self._serve.run_many(self._targets(new, config))
@@ -150,6 +151,22 @@ def _models_of(config: ServiceConfig) -> dict[str, _Model]:
         return _Model(name, bundle, f"rushes-model-{name}-{content[:8]}")
 
     return {name: model(name, bundle) for name, bundle in checked(config).items()}
+
+
+def _check_room(models: int, config: ServiceConfig) -> None:
+    """New replicas start beside the old ones; Ray would wait for ever for cores or GPUs that it hasn't."""
+    import ray
+
+    free = ray.available_resources()
+    for resource, needed in (
+        ("CPU", models * config.cores_of_one_model()),
+        ("GPU", models * config.gpus_of_one_model()),
+    ):
+        if needed > free.get(resource, 0.0) + 1e-6:
+            raise FleetError(
+                f"new replicas need {needed:g} {resource} beside those that run, and {free.get(resource, 0):g} are free: "
+                "unload something first, or start the service again"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -86,7 +86,8 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(math.ceil(config.cores()), os.cpu_count() or 1),
+                # Twice: models are rolled with old and new side by side, and others may be loaded.
+                num_cpus=max(math.ceil(2 * config.cores()), os.cpu_count() or 1),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level="ERROR",

@@ -177,6 +177,9 @@ def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(
         path = changed(Bundle.load(broken), tmp_path / name)
         with pytest.raises(FleetError, match=r"rolled can't be started, so nothing was changed: .*denoiser.onnx"):
             running.change(**served | {"rolled": path})
+    many = {f"model-{index}": tiny_bundle.root for index in range(20)}
+    with pytest.raises(FleetError, match=r"new replicas need 18 CPU beside those that run, and .* are free"):
+        running.change(**served | many)
     with pytest.raises(ConfigError, match=r"port can't be changed in a running service"):
         now(running.config.model_copy(update={"port": 1}))
     assert running.names() == names
