@@ -164,8 +164,8 @@ def _check_room(models: int, config: ServiceConfig) -> None:
     ):
         if needed > free.get(resource, 0.0) + 1e-6:
             raise FleetError(
-                f"new replicas need {needed:g} {resource} beside those that run, and {free.get(resource, 0):g} are free: "
-                "unload something first, or start the service again"
+                f"new replicas need {needed:g} {resource} beside those that run, and {free.get(resource, 0):g} are "
+                "free: unload something first, or start the service again"
             )
 
 
