@@ -1,4 +1,4 @@
-"""The captioner's graphs and the VAE encoder's, if the checkpoint's directory has a `captioner/` folder."""
+"""The captioner's graphs, if the checkpoint's directory has a `captioner/` folder; and those of the VAE's encoder."""
 
 from __future__ import annotations
 

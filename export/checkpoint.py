@@ -80,7 +80,7 @@ def _write(
         infos[graph.name] = _graph(graph, file, folder, progress, verify)
     if verify:
         infos["decoder_next"] = _streaming(family, infos["decoder_next"], plan, folder, progress)
-        if extras.captioner:
+        if "encoder_next" in infos:
             infos["encoder_next"] = _encoding(family, infos["encoder_next"], folder, progress)
     _copy_tokenizer(family.tokenizer, folder / TOKENIZER)
     causal = None

@@ -1,4 +1,4 @@
-"""What a checkpoint's directory may hold beside the model itself: a rewriter and a captioner."""
+"""What a bundle has beside the model itself: a rewriter, a captioner, and the other half of the VAE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.wan_graphs import WanFamily
 
 @dataclass(frozen=True)
 class SmallModels:
-    """Their graphs and the manifest's sections; with a captioner come the graphs of the VAE's encoder."""
+    """Their graphs and the manifest's sections; and of Wan's VAE the encoder, for videos that begin from something."""
 
     rewriter: RewriterInfo | None
     captioner: CaptionerInfo | None
@@ -29,5 +29,7 @@ class SmallModels:
         if captions:
             if not isinstance(family, WanFamily):
                 raise ExportError(f"A captioner reads the latents of Wan's VAE, not {family.name}'s.")
-            graphs += [*captions[1], *captioner.encoders(family.checkpoint, family.latent)]
+            graphs += captions[1]
+        if isinstance(family, WanFamily):
+            graphs += captioner.encoders(family.checkpoint, family.latent)
         return cls(rewriter[0] if rewriter else None, captions[0] if captions else None, tuple(graphs))

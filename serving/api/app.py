@@ -12,6 +12,7 @@ from serving.api.auth import Gate
 from serving.api.batches import batches_router
 from serving.api.beginnings import DEFAULT_REFERENCES, Beginnings, ReferencePolicy
 from serving.api.body import BodyLimit
+from serving.api.characters import characters_router
 from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
 from serving.api.errors import ERRORS, install_error_handlers
 from serving.api.files import PATH as FILES_PATH
@@ -51,6 +52,7 @@ def create_api(
     beginnings = Beginnings(storage, references)
     queue = VideoQueue(storage, wake, beginnings)
     for videos in (
+        characters_router(storage, catalog, beginnings),
         references_router(catalog, webhooks, queue, beginnings),
         videos_router(storage, catalog, webhooks, queue, beginnings),
     ):

@@ -19,15 +19,18 @@ from serving.api.creation import work_of
 from serving.api.errors import ApiError
 from serving.api.fetching import FetchError, fetch
 from serving.jobs.artifacts import video_key
-from serving.jobs.files import is_file_id
+from serving.jobs.files import CHARACTER, StoredFile, is_character_id, is_file_id
 from serving.jobs.storage import Storage
 from serving.jobs.video import Video
-from serving.media.frames import UnreadableError, read_frames, write_exactly
+from serving.media.frames import UnreadableError, middle_frame, read_frames, write_exactly
 from serving.pipeline.stages import VideoSpec
 
 # How far a remix or an edit goes when the request doesn't say: far enough to change a colour.
 DEFAULT_STRENGTH = 0.75
 _PICTURE = "input_reference"
+_CHARACTERS = "characters"
+# Of a character's picture: what a video's frames are cut from may be larger than any of them.
+_CHARACTER_SECONDS, _CHARACTER_SIDE = 20.0, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +64,54 @@ class Beginnings:
     ) -> tuple[Video, str]:
         """`reference` is an upload, or an object with `file_id` or `image_url`. Raises `ApiError`."""
         check_encodes(manifest, _PICTURE)
-        spec = VideoSpec(**video.request)
-        with self._artifacts.scratch() as given, self._artifacts.scratch() as kept:
+        with self._artifacts.scratch() as given:
             await self._get(reference, given, owner)
+            return await self._pictured(video, manifest, given, _PICTURE)
+
+    async def from_character(
+        self, video: Video, manifest: Manifest, asked: Any, owner: str | None
+    ) -> tuple[Video, str]:
+        """`asked` is a list of one object with the `id` of a character. Raises `ApiError`."""
+        check_encodes(manifest, _CHARACTERS)
+        character = await self.character(_only_id(asked), owner, _CHARACTERS)
+        with self._artifacts.scratch() as given:
+            await asyncio.to_thread(self._artifacts.fetch, character.key, given)
+            return await self._pictured(video, manifest, given, _CHARACTERS)
+
+    async def character(self, character_id: str, owner: str | None, param: str) -> StoredFile:
+        """Raises `ApiError` (404)."""
+        found = await self._files.get(character_id) if is_character_id(character_id) else None
+        if found is None or not may_see(owner, found.owner):
+            message = f"There is no character {character_id[:64]!r}."
+            raise ApiError(404, message, param=param, code="character_not_found")
+        return found
+
+    async def keep_character(self, upload: UploadFile, name: str, owner: str | None) -> StoredFile:
+        """Keep the picture in the middle of a video until somebody deletes it. Raises `ApiError`."""
+        with self._artifacts.scratch() as given, self._artifacts.scratch() as kept:
+            await asyncio.to_thread(_save, upload, given, self._policy.max_bytes, "video")
+
+            def write() -> int:
+                picture = middle_frame(given, max_seconds=_CHARACTER_SECONDS, max_side=_CHARACTER_SIDE)
+                return write_exactly(kept, iter([picture]), 1)
+
+            await _written(write, "video")
+            return await self._files.add(
+                kept, owner=owner, purpose="character", filename=name, lifetime_seconds=None, kind=CHARACTER
+            )
+
+    async def _pictured(self, video: Video, manifest: Manifest, given: Path, param: str) -> tuple[Video, str]:
+        """`video` as it begins with the one picture that `given` must be."""
+        spec = VideoSpec(**video.request)
+        with self._artifacts.scratch() as kept:
 
             def write() -> int:
                 frames = read_frames(given, fps=manifest.fps, width=spec.width, height=spec.height)
                 return write_exactly(kept, islice(frames, 2), manifest.fps)
 
-            if await _written(write, _PICTURE) > 1:
-                message = "input_reference must be a picture; a video can be sent to /v1/videos/edits or /extensions."
-                raise ApiError(400, message, param=_PICTURE, code="invalid_value")
+            if await _written(write, param) > 1:
+                message = f"{param} must be a picture; a video can be sent to /v1/videos/edits or /extensions."
+                raise ApiError(400, message, param=param, code="invalid_value")
             return await self._keep(video, manifest, spec, kept, source_frames=1)
 
     async def from_video(
@@ -171,6 +211,28 @@ def as_object(value: Any, param: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, f"{param} must be an upload or an object.", param=param, code="invalid_value")
     return value
+
+
+def _only_id(asked: Any) -> str:
+    """Of a request's `characters`, which in a form may be text."""
+    if isinstance(asked, str):
+        try:
+            asked = json.loads(asked)
+        except (ValueError, RecursionError):
+            asked = None
+    if (
+        not isinstance(asked, list)
+        or not asked
+        or not all(isinstance(one, dict) and one.keys() == {"id"} for one in asked)
+    ):
+        message = "characters must be a list of objects with an id."
+        raise ApiError(400, message, param=_CHARACTERS, code="invalid_value")
+    if len(asked) > 1:
+        message = "characters must have one entry: no model here can show several."
+        raise ApiError(400, message, param=_CHARACTERS, code="unsupported_by_model")
+    if not isinstance(asked[0]["id"], str):
+        raise ApiError(400, "characters[0].id must be a string.", param=_CHARACTERS, code="invalid_value")
+    return asked[0]["id"]
 
 
 def _length(manifest: Manifest, frames: int, more_seconds: int) -> int:

@@ -17,7 +17,7 @@ from serving.api.errors import ApiError
 
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _MAX_FORM_FIELDS = 64
-_NESTED = re.compile(r"(\w+)\[(\w+)\]")
+_NESTED = re.compile(r"(\w+)(\[\])?\[(\w+)\]")
 
 
 class BodyLimit:
@@ -50,7 +50,8 @@ class BodyLimit:
 @asynccontextmanager
 async def opened_body(request: Request) -> AsyncIterator[tuple[Any, bool]]:
     """The decoded body, and whether it was a form: there a value is text or, until the end of the block, an
-    `UploadFile`. Fields such as `video[id]`, which is how SDKs send objects in forms, are put together.
+    `UploadFile`. Fields such as `video[id]`, which is how SDKs send objects in forms, are put together, and
+    `characters[][id]` is a list of one object.
 
     Raises `ApiError`.
     """
@@ -75,7 +76,9 @@ def _values(form: FormData) -> dict[str, Any]:
     for name, value in form.multi_items():
         place, key = values, name
         if found := _NESTED.fullmatch(name):
-            place, key = values.setdefault(found[1], {}), found[2]
+            place, key = values.setdefault(found[1], [{}] if found[2] else {}), found[3]
+            if found[2] and isinstance(place, list):
+                place = place[0]
         if not isinstance(place, dict) or key in place:
             raise ApiError(400, f"{name[:64]} is given twice.", param=name[:64], code="invalid_value")
         place[key] = value

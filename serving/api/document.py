@@ -17,7 +17,7 @@ from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_SEED, 
 _JSON, _FORM = "application/json", "multipart/form-data"
 # Something to see, and no NUL, which PostgreSQL can't keep.
 _TEXT = r"^[^\x00]*[^\s\x00][^\x00]*$"
-_NO_NUL = r"^[^\x00]*$"
+NO_NUL = r"^[^\x00]*$"
 # What pydantic takes for true or false where everything is text.
 _SPELT_BOOLEAN = {
     "type": ["boolean", "integer", "string"],
@@ -53,6 +53,8 @@ def body_document(
         if picture and encodes:
             references = [_reference("image_url", "^(data:|https?://)"), _reference("file_id", id_pattern("file-"))]
             schema["properties"]["input_reference"] = {"anyOf": [*references, *upload]}
+            character = _reference("id", id_pattern("char_"))
+            schema["properties"]["characters"] = {"type": "array", "items": character, "minItems": 1, "maxItems": 1}
         document[kind] = {"schema": _spelt(schema) if kind == _FORM else schema}
     return {"requestBody": {"required": True, "content": document}}
 
@@ -84,7 +86,7 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
     chooses = any(manifest.captioner is not None for manifest in manifests)
     return {
         "prompt": {"type": "string", "maxLength": characters, "pattern": _TEXT},
-        "negative_prompt": {"type": "string", "maxLength": characters, "pattern": _NO_NUL},
+        "negative_prompt": {"type": "string", "maxLength": characters, "pattern": NO_NUL},
         "model": {"type": "string", "enum": [*catalog.bundles, *catalog.aliases]},
         "seconds": {
             "anyOf": [

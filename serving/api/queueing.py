@@ -25,7 +25,7 @@ IdempotencyKey = Annotated[
     str | None, Header(json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"})
 ]
 # Paths whose bodies may hold a video or a picture.
-TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions")
+TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions", "/v1/videos/characters")
 _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 
 

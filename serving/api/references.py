@@ -1,4 +1,4 @@
-"""What OpenAI's API makes of other videos: remixes, edits and extensions; characters can't be made by any model yet."""
+"""What OpenAI's API makes of other videos: remixes, edits and extensions."""
 
 from __future__ import annotations
 
@@ -138,15 +138,5 @@ def references_router(
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest
-
-    @router.post("/characters")
-    async def create_character() -> None:
-        """A clear answer instead of a 404, which a client would take for a wrong base URL."""
-        message = "Making a character is not supported by this model."
-        raise ApiError(400, message, param="video", code="unsupported_by_model")
-
-    @router.get("/characters/{character_id}")
-    async def retrieve_character(character_id: str) -> None:
-        raise ApiError(404, f"There is no character {character_id[:64]!r}.", param="character_id", code="not_found")
 
     return router

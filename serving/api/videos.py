@@ -51,12 +51,18 @@ def videos_router(
         request: Request, response: Response, owner: Owner, idempotency_key: IdempotencyKey = None
     ) -> Response | VideoObject:
         async with opened_body(request) as (values, form):
-            reference = values.pop("input_reference", None) if isinstance(values, dict) else None
+            asked = values if isinstance(values, dict) else {}
+            reference, characters = asked.pop("input_reference", None), asked.pop("characters", None)
             body = parse_create(values, form=form)
             video, source = new_video(body, catalog, webhooks, owner=owner), ""
+            manifest = catalog.resolve(body.model)[1]
+            if reference is not None and characters is not None:
+                message = "characters can't be used together with input_reference: a video begins with one picture."
+                raise ApiError(400, message, param="characters", code="invalid_value")
             if reference is not None:
-                manifest = catalog.resolve(body.model)[1]
                 video, source = await beginnings.from_picture(video, manifest, reference, owner)
+            if characters is not None:
+                video, source = await beginnings.from_character(video, manifest, characters, owner)
         return await queue.put(request, response, video, body, source)
 
     @router.get("")

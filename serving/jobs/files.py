@@ -1,4 +1,7 @@
-"""Uploaded files, and the ones that batches answer with: what is known of each; the bytes are an artifact."""
+"""Uploaded files, the ones that batches answer with, and characters: what is known of each; the bytes are an artifact.
+
+A character is a picture under a name of its own, with another kind of id, and in no list of files.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from serving.jobs.database import Database
 from serving.jobs.ids import is_id, new_id
 from serving.jobs.pages import Order, page_of
 from serving.jobs.tables import files as _files
+
+FILE, CHARACTER = "file-", "char_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,17 @@ class FileStore:
         self._database, self._artifacts, self._clock = database, artifacts, clock
 
     async def add(
-        self, source: Path, *, owner: str | None, purpose: str, filename: str, lifetime_seconds: float | None
+        self,
+        source: Path,
+        *,
+        owner: str | None,
+        purpose: str,
+        filename: str,
+        lifetime_seconds: float | None,
+        kind: str = FILE,
     ) -> StoredFile:
-        """Take the file `source`, which is gone afterwards."""
-        return await asyncio.to_thread(self._add, source, owner, purpose, filename, lifetime_seconds)
+        """Take the file `source`, which is gone afterwards. `kind` is what its id begins with."""
+        return await asyncio.to_thread(self._add, source, owner, purpose, filename, lifetime_seconds, kind)
 
     async def get(self, file_id: str) -> StoredFile | None:
         """None also for what has expired."""
@@ -73,9 +85,15 @@ class FileStore:
         return await asyncio.to_thread(self._expired, limit)
 
     def _add(
-        self, source: Path, owner: str | None, purpose: str, filename: str, lifetime_seconds: float | None
+        self,
+        source: Path,
+        owner: str | None,
+        purpose: str,
+        filename: str,
+        lifetime_seconds: float | None,
+        kind: str,
     ) -> StoredFile:
-        file_id, now = new_id("file-"), self._clock()
+        file_id, now = new_id(kind), self._clock()
         artifact = self._artifacts.put(f"files/{file_id}", source)
         expires_at = None if lifetime_seconds is None else now + lifetime_seconds
         file = StoredFile(file_id, owner, purpose, filename, artifact.size_bytes, artifact.sha256, now, expires_at)
@@ -93,6 +111,7 @@ class FileStore:
         self, owner: str | None, purpose: str | None, limit: int, order: Order, after: str | None
     ) -> tuple[Sequence[StoredFile], bool]:
         query = page_of(_files, owner=owner, limit=limit, order=order, after=after)
+        query = query.where(_files.c.id.startswith(FILE))
         query = query.where((_files.c.expires_at.is_(None)) | (_files.c.expires_at > self._clock()))
         if purpose is not None:
             query = query.where(_files.c.purpose == purpose)
@@ -115,7 +134,11 @@ class FileStore:
 
 
 def is_file_id(text: str) -> bool:
-    return is_id("file-", text)
+    return is_id(FILE, text)
+
+
+def is_character_id(text: str) -> bool:
+    return is_id(CHARACTER, text)
 
 
 def _file(row: RowMapping) -> StoredFile:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 # In frames: a container's clock is coarse.
 _SLACK = 0.25
+# A video without times can't be longer than so many frames a second would make it.
+_MOST_FPS = 120
 # What is larger is no video or picture that anybody means: a small file can stand for gigabytes.
 _MAX_PIXELS = 1 << 26
 
@@ -57,10 +59,33 @@ def read_all(path: Path, width: int, height: int, count: int) -> NDArray[np.uint
     return np.stack(frames)
 
 
+def middle_frame(path: Path, *, max_seconds: float, max_side: int) -> NDArray[np.uint8]:
+    """The RGB frame in the middle of a video, upright, scaled down until no side is longer than `max_side`.
+
+    Raises `UnreadableError`, also for a video that is longer than `max_seconds`.
+    """
+    with _opened(path) as container:
+        count = 0
+        for frame in container.decode(video=0):
+            count += 1
+            if (frame.time or 0.0) > max_seconds or count > max_seconds * _MOST_FPS:
+                raise UnreadableError(f"it is longer than {max_seconds:g} seconds")
+    with _opened(path) as container:
+        for frame in islice(container.decode(video=0), count // 2, None):
+            shape = (frame.width, frame.height)
+            across, down = shape[::-1] if frame.rotation % 180 else shape
+            scale = min(1.0, max_side / max(shape))
+            return _covering(frame, max(1, round(across * scale)), max(1, round(down * scale)))
+    raise UnreadableError("it has no frames")
+
+
 def write_exactly(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int) -> int:
-    """Write RGB frames so that `read_all` gives back every bit of them (FFV1); how many there were."""
+    """Write RGB frames so that `read_all` gives back every bit of them (FFV1); how many there were.
+
+    The same frames make the same file: Matroska's random ids are left out.
+    """
     count = 0
-    with av.open(str(path), "w", format="matroska") as container:
+    with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         stream = None
         for frame in frames:
             if stream is None:

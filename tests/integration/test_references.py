@@ -3,56 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import AsyncIterator
-from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import av
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from pictures import PICTURE, Frames, clip, data_url, png, shaded
 from service import Service, WholeService, assert_envelope
 
 from models.bundle import Bundle
 from serving.jobs.artifacts import video_key
 from serving.jobs.store import Video
-from serving.media.frames import read_all, read_frames, write_exactly
+from serving.media.fmp4 import encode_fragment, remux_to_mp4
+from serving.media.frames import read_all, read_frames
+from serving.pipeline.geometry import first_frame
 from serving.pipeline.local import LocalPipeline
 
 ASKED = {"prompt": "a red ball", "seconds": 1, "size": "64x64", "seed": 7, "num_inference_steps": 4}
-Frames = NDArray[np.uint8]
-
-
-def shaded(width: int = 64, height: int = 64, shade: int = 0) -> Frames:
-    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return np.stack([across, down, np.full_like(across, shade)], axis=-1).astype(np.uint8)
-
-
-def png(picture: Frames) -> bytes:
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width, encoder.pix_fmt = *picture.shape[:2], "rgb24"
-    encoder.time_base = Fraction(1, 25)
-    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
-
-
-def clip(folder: Path, count: int, fps: int = 16, side: int = 64) -> bytes:
-    path = folder / "clip.mkv"
-    write_exactly(path, (shaded(side, side, 5 * index) for index in range(count)), fps)
-    return path.read_bytes()
-
-
-PICTURE = png(shaded())
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def upload(data: bytes = PICTURE, **fields: Any) -> dict[str, Any]:
@@ -158,7 +130,6 @@ async def test_a_bad_picture_is_refused_and_leaves_nothing(
 
 async def test_what_else_is_refused_leaves_nothing(service: Service, client: httpx.AsyncClient, tmp_path: Path) -> None:
     moving = clip(tmp_path, 5)
-    (tmp_path / "clip.mkv").unlink()
     assert_envelope(await client.post("/v1/videos", **upload(moving)), 400, "input_reference")
     assert_envelope(await client.post("/v1/videos", **upload(b"")), 400, "input_reference")
     assert_envelope(await client.post("/v1/videos", **upload(size="65x64")), 400, "size")
@@ -254,7 +225,7 @@ async def test_a_repeated_request_keeps_one_source(service: Service, client: htt
 
 async def test_others_pictures_and_videos_are_not_there(tiny_bundle: Bundle, tmp_path: Path) -> None:
     service = Service(tiny_bundle, tmp_path, require_keys=True)
-    secrets = [(await service.storage.keys.create(name))[1] for name in ("one", "two")]
+    secrets = [service.storage.keys.create(name)[1] for name in ("one", "two")]
     transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         mine, theirs = ({"Authorization": f"Bearer {secret}"} for secret in secrets)
@@ -321,13 +292,20 @@ async def frames_of(service: WholeService, client: httpx.AsyncClient, body: dict
     return np.stack(list(read_frames(file, fps=16, width=64, height=64)))
 
 
-def seen_through_the_vae(service: WholeService, frames: Frames) -> Frames:
-    """What the model's autoencoder makes of frames, without a video codec."""
-    pipeline = service.pipeline
+def expected_of(service: WholeService, frames: Frames) -> Frames:
+    """What a video shows whose latents are those of `frames`: through the model's autoencoder and the video codec."""
+    pipeline, manifest = service.pipeline, service.bundle.manifest
     assert pipeline.encoder is not None
     latents = pipeline.encoder.encode(iter(frames), len(frames))
     decoded, _ = pipeline.decoder._run({}, latents)
-    return decoded
+    borders = [start for chunk in range(len(frames)) if (start := first_frame(manifest, chunk)) < len(decoded)]
+    fragments = [
+        encode_fragment(part, fps=manifest.fps, index=index, first_frame=start)
+        for index, (start, part) in enumerate(zip(borders, np.split(decoded, borders[1:]), strict=True))
+    ]
+    path = service.videos_dir.parent / "expected.mp4"
+    remux_to_mp4(fragments[0].init, (fragment.data for fragment in fragments), path)
+    return np.stack(list(read_frames(path, fps=16, width=64, height=64)))
 
 
 def error(one: Frames, other: Frames) -> float:
@@ -340,9 +318,8 @@ async def test_a_video_begins_with_the_picture(whole: WholeService) -> None:
         without = await frames_of(whole, client, plain)
         body = {**plain, "input_reference": {"image_url": data_url(PICTURE)}}
         begun, again = [await frames_of(whole, client, body) for _ in range(2)]
-    expected = seen_through_the_vae(whole, shaded()[None])[0]
-    assert error(begun[0], expected) < 4  # H.264
-    assert error(without[0], expected) > 2 * error(begun[0], expected)
+    expected = expected_of(whole, shaded()[None])[0]
+    assert error(begun[0], expected) < 1 < 20 < error(without[0], expected)
     np.testing.assert_array_equal(begun, again)
     assert not np.array_equal(begun[-1], without[-1])
 
@@ -356,7 +333,7 @@ async def test_an_extension_begins_with_its_video_and_goes_on(whole: WholeServic
         body = {"prompt": "it hops", "video": {"id": source_id}, "seconds": 2}
         longer = await frames_of(whole, client, body, "/extensions")
     assert (len(source), len(longer)) == (17, 17 + 32)
-    assert error(longer[:17], seen_through_the_vae(whole, source)) < 4
+    assert error(longer[:17], expected_of(whole, source)) < 1
 
 
 async def test_a_remix_is_as_near_to_its_video_as_its_strength_says(whole: WholeService) -> None:
@@ -370,6 +347,6 @@ async def test_a_remix_is_as_near_to_its_video_as_its_strength_says(whole: Whole
             for strength in (0.05, 1.0)
         ]
         fresh = await frames_of(whole, client, {**ASKED, "prompt": "a blue cube", "seed": 8, "num_inference_steps": 8})
-    near = seen_through_the_vae(whole, source)
+    near = expected_of(whole, source)
     assert error(weak, near) < error(strong, near)
     assert error(strong, fresh) < 4  # nothing of the source is left

@@ -64,7 +64,7 @@ def test_profiles_follow_the_symbols() -> None:
         "x": ((1, 16, 2, 2), (2, 16, 8, 5), (4, 16, 16, 9))
     }
     assert profile_of(graph(2, 16), EXTENTS) == {}
-    with pytest.raises(ExportError, match="no extent for the symbol depth"):
+    with pytest.raises(ExportError, match="no size for the symbol depth"):
         profile_of(graph("depth"), EXTENTS)
     with pytest.raises(ExportError, match="no sum"):
         profile_of(graph("rows//2"), EXTENTS)
