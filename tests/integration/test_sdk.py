@@ -183,7 +183,7 @@ async def make_batches(sdk: Sdk) -> None:
     assert (await sdk.files.content(file.id)).read() == batch_file(3)
     assert (await sdk.files.retrieve_content(file.id)).encode() == batch_file(3)
     other = await sdk.files.create(file=b"x", purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600})
-    assert await sdk.files.all(limit=1, order="asc") == [file.id, other.id]
+    assert await sdk.files.all(limit=1, order="asc", purpose="batch") == [file.id, other.id]
     assert (await sdk.files.delete(other.id)).deleted
 
     asked = {"input_file_id": file.id, "endpoint": "/v1/videos", "completion_window": "24h"}
@@ -246,7 +246,8 @@ async def test_the_sdk_streams_a_download_to_a_file(url: str, tmp_path: Path) ->
             response.stream_to_file(tmp_path / "sync.mp4")
             return int(response.headers["content-length"])
 
-    assert (tmp_path / "sync.mp4").stat().st_size == await asyncio.to_thread(download)
+    size = await asyncio.to_thread(download)
+    assert (tmp_path / "sync.mp4").stat().st_size == size
 
 
 async def test_rushes_submit_waits_for_the_answers(url: str, tmp_path: Path) -> None:
