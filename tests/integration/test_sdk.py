@@ -37,7 +37,7 @@ LEFT_OUT = {
     "batches": set[str](),
     "models": {"delete"},
     # Those that register endpoints: here a request names its own.
-    "webhooks": {"create", "delete", "event_types", "list", "retrieve", "rotate_secret", "test", "update"},
+    "webhooks": {"create", "delete", "list", "retrieve", "rotate_secret", "test", "update"},
 }
 
 
