@@ -406,8 +406,11 @@ class Bundle:
     digest: str
 
     @classmethod
-    def load(cls, path: Path | str) -> Bundle:
-        """Read `bundle.json` without touching the large files; `verify` does that. Raises `BundleError`."""
+    def load(cls, path: Path | str, digest: str | None = None) -> Bundle:
+        """Read `bundle.json` without touching the large files; `verify` does that. Raises `BundleError`.
+
+        With a `digest`, also when it is another bundle than the one that had it.
+        """
         root = Path(path)
         if not root.is_dir():
             raise BundleError(f"There is no bundle at {root}: check the path, or make one with `rushes export`.")
@@ -425,6 +428,8 @@ class Bundle:
             if name not in manifest.files:
                 raise BundleError(f"The bundle {root} uses '{name}' but does not list it in `files`: export it again.")
         bundle = cls(root, manifest, hashlib.sha256(data).hexdigest())
+        if digest not in (None, bundle.digest):
+            raise BundleError(f"The bundle {root} was replaced after the service had checked it: reload the service.")
         for name in manifest.files:
             bundle._inside(name)
         return bundle

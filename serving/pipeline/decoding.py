@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, GraphName, Manifest
+from models.bundle import Bundle, Manifest
 from serving.engines.engine import Array, Engine
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.onnx_runtime import CPU
+from serving.engines.opening import Opener
 from serving.media.fmp4 import EncodedFragment, encode_fragment
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
@@ -63,20 +65,17 @@ class EngineDecoder:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, max_sessions: int = 8, idle_seconds: float = 10.0
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int = 1,
+        provider: str = CPU,
+        plans: Path | None = None,
+        max_sessions: int = 8,
+        idle_seconds: float = 10.0,
     ) -> EngineDecoder:
-        def engine(graph: GraphName) -> OnnxRuntimeEngine:
-            # `pixels` is there to measure parity with; only the frames and the cache are worth fetching.
-            outputs = [o.name for o in bundle.manifest.graphs[graph].outputs if o.name != "pixels"]
-            return OnnxRuntimeEngine(bundle.path_of(graph), threads=threads, provider=provider, outputs=outputs)
-
-        return cls(
-            engine("decoder_first"),
-            engine("decoder_next"),
-            bundle.manifest,
-            max_sessions=max_sessions,
-            idle_seconds=idle_seconds,
-        )
+        first, following = Opener(bundle, threads, provider, plans).open("decoder_first", "decoder_next")
+        return cls(first, following, bundle.manifest, max_sessions=max_sessions, idle_seconds=idle_seconds)
 
     @property
     def sessions(self) -> int:

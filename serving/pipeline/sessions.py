@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from models.bundle import GraphName, Manifest
 from models.samplers import SamplerTable, advance
-from serving.engines.engine import Array
+from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
 from serving.pipeline.stages import DenoiseRequest, LatentChunk
 
 Floats = NDArray[np.float32]
 
 
-def open_session(manifest: Manifest, request: DenoiseRequest) -> Session:
-    """Raises `ValueError` for a request that this model's rollout can't honour."""
+def open_session(manifest: Manifest, request: DenoiseRequest, arrays: Arrays = HOST) -> Session:
+    """`arrays` make what is kept between calls. Raises `ValueError` for what this model's rollout can't honour."""
     if manifest.rollout == "causal":
-        return CausalSession(manifest, request)
+        return CausalSession(manifest, request, arrays)
     return BidirectionalSession(manifest, request)
 
 
@@ -157,7 +157,7 @@ class CausalSession(Session):
 
     _state: Floats
 
-    def __init__(self, manifest: Manifest, request: DenoiseRequest) -> None:
+    def __init__(self, manifest: Manifest, request: DenoiseRequest, arrays: Arrays) -> None:
         super().__init__(manifest, request)
         assert manifest.causal is not None
         self._window = manifest.window
@@ -167,7 +167,7 @@ class CausalSession(Session):
         grid = height // self._patch, width // self._patch
         causal = manifest.causal
         # One allocation for the whole video; a chunk overwrites the one that has left the window.
-        self._cache = np.zeros((self.rows, causal.layers, 2, self._window.cached_frames, *grid, causal.dim), np.float32)
+        self._cache = arrays.zeros((self.rows, causal.layers, 2, self._window.cached_frames, *grid, causal.dim))
         self._begin_chunk(0)
 
     @property
