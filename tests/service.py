@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, text
 
 from models.bundle import Bundle
 from serving.api.app import create_api
+from serving.api.beginnings import ReferencePolicy
 from serving.api.models import Catalog
 from serving.deployments.attempt import AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
@@ -27,6 +28,9 @@ from serving.pipeline.local import LocalPipeline
 
 MAX_BODY = 1 << 20
 MAX_FILE = 3 << 20
+REFERENCES = ReferencePolicy(max_bytes=1 << 20)
+# Of a body that may hold a picture or a video.
+MAX_REFERENCE_BODY = MAX_BODY + REFERENCES.max_body_bytes
 
 
 def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
@@ -59,6 +63,7 @@ class Service:
             max_body_bytes=MAX_BODY,
             max_file_bytes=MAX_FILE,
             require_keys=require_keys,
+            references=REFERENCES,
         )
 
     async def wake(self) -> None:
