@@ -226,14 +226,20 @@ async def test_an_extension_adds_seconds_within_the_limit(
 async def test_an_uploaded_video_is_cut_to_whole_groups_of_frames(
     service: Service, client: httpx.AsyncClient, tmp_path: Path
 ) -> None:
+    source_id = await a_completed_video(service, client, tmp_path)
+    asked = {"prompt": "a cone", "strength": "0.5"}
     files = {"video": ("a.mkv", clip(tmp_path, 24, fps=16, side=80), "video/x-matroska")}
-    response = await client.post("/v1/videos/edits", data={"prompt": "a cone", "strength": "0.5"}, files=files)
+    response = await client.post("/v1/videos/edits", data={**asked, "size": "96x64"}, files=files)
     assert response.status_code == 200, response.text
     video = await service.claimed()
     assert (video.request["frames"], video.request["source_frames"], video.request["strength"]) == (21, 21, 0.5)
-    assert response.json()["remixed_from_video_id"] is None
+    assert (response.json()["remixed_from_video_id"], response.json()["size"]) == (None, "96x64")
     form = {"prompt": "a cone", "seconds": "1", "video[id]": video.id}
     assert_envelope(await client.post("/v1/videos/extensions", data=form), 400, "video")  # understood
+    for name, value in (("model", "tiny"), ("size", "96x64")):
+        body = {"prompt": "a cone", "video": {"id": source_id}, name: value}
+        assert_envelope(await client.post("/v1/videos/edits", json=body), 400, name)
+    assert_envelope(await client.post("/v1/videos/edits", data={**asked, "size": "9x9"}, files=files), 400, "size")
     short = {"video": ("a.mkv", clip(tmp_path, 3), "video/x-matroska")}
     assert_envelope(await client.post("/v1/videos/edits", data={"prompt": "a"}, files=short), 400, "video")
 
