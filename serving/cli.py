@@ -211,11 +211,25 @@ def create_key(
     name: Annotated[str, typer.Argument(help="Whose it is, for the list.")],
     per_minute: Annotated[int | None, typer.Option(min=1, help="Videos it may ask for in a minute.")] = None,
     unfinished: Annotated[int | None, typer.Option(min=1, help="Videos it may have queued and running.")] = None,
+    running: Annotated[
+        int | None, typer.Option(min=1, help="Videos of it that are made at a time; others of it wait.")
+    ] = None,
+    webhook_url: Annotated[
+        str | None, typer.Option(help="What to call when any of its videos or batches has ended.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Make a key and print it, this once: only its hash is kept."""
     with _said_in_one_line():
-        key, secret = _key_store(config).create(name[:256], max_per_minute=per_minute, max_unfinished=unfinished)
+        if webhook_url is not None:
+            _check_webhook(webhook_url, load_config(config) if config else ServiceConfig())
+        key, secret = _key_store(config).create(
+            name[:256],
+            max_per_minute=per_minute,
+            max_unfinished=unfinished,
+            max_running=running,
+            webhook_url=webhook_url,
+        )
         _console.print(f"{key.id} {_plain(key.name)}")
         print(secret)
 
@@ -235,6 +249,17 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="As the list shows it.
         if not _key_store(config).revoke(key_id):
             raise ConfigError(f"there is no key {key_id}")
         print(key_id)
+
+
+def _check_webhook(url: str, settings: ServiceConfig) -> None:
+    from serving.jobs.targets import BadTarget, check_url
+
+    if settings.webhooks.secret is None:
+        raise ConfigError("--webhook-url needs webhooks.secret in the configuration, or RUSHES_WEBHOOK_SECRET")
+    try:
+        check_url(url, allow_private=settings.webhooks.allow_private)
+    except BadTarget as error:
+        raise ConfigError(f"--webhook-url can't be called: {error}") from None
 
 
 def _key_store(config: Path | None) -> KeyStore:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from postgres import Cluster, programs, running_cluster
+from receiver import Receiver, receiving
 
 from models.bundle import MANIFEST, Bundle
 
@@ -97,6 +98,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'videos.db'}"
     cluster: Cluster = request.getfixturevalue("postgres_cluster")
     return cluster.cleared_database()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as opened:
+        yield opened
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

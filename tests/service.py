@@ -16,9 +16,11 @@ from sqlalchemy import create_engine, text
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
+from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
 from serving.deployments.attempt import AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
+from serving.deployments.courier import Courier
 from serving.deployments.runner import Runner
 from serving.jobs.artifacts import Artifacts, video_key
 from serving.jobs.database import Database
@@ -96,7 +98,11 @@ class Service:
 class WholeService:
     """Runner, stages, store, log and HTTP together in one process, without Ray."""
 
-    def __init__(self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path) -> None:
+    def __init__(
+        self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path, *, webhook_secret: str | None = None
+    ) -> None:
+        self.webhook_secret = webhook_secret
+        self.webhooks = WebhookPolicy(enabled=webhook_secret is not None, allow_private=True)
         database = Database.open(f"sqlite:///{data_dir / 'videos.db'}")
         self.store = SqlVideoStore(database, max_attempts=2)
         self.artifacts = Artifacts(data_dir)
@@ -124,12 +130,19 @@ class WholeService:
         async def wake() -> None:
             runner.wake()
 
-        api = create_api(self.storage, {"tiny": self.bundle}, wake, aliases={"sora-2": "tiny"})
+        bundles, aliases = {"tiny": self.bundle}, {"sora-2": "tiny"}
+        api = create_api(self.storage, bundles, wake, aliases=aliases, webhooks=self.webhooks)
         with socket.create_server(("127.0.0.1", 0)) as listening:
             server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
             serving = asyncio.create_task(server.serve(sockets=[listening]))
-            batches = BatchWorker(self.storage, Catalog({"tiny": self.bundle}, {}))
-            working = asyncio.gather(runner.run(), batches.run(poll_seconds=0.05))
+            batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
+            loops = [runner.run(), batches.run(poll_seconds=0.05)]
+            if self.webhook_secret is not None:
+                courier = Courier(
+                    self.storage.outbox, self.webhook_secret, allow_private=True, timeout_seconds=5, give_up_seconds=60
+                )
+                loops.append(courier.run(0.05))
+            working = asyncio.gather(*loops)
             try:
                 url = f"http://127.0.0.1:{listening.getsockname()[1]}"
                 async with httpx.AsyncClient(base_url=url, timeout=60) as client:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,15 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    """The methods of every route at the request's path; the framework names those of the first one alone."""
+    methods: set[str] = set()
+    for route in app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of `app`, its framework's own included, an envelope."""
 
@@ -78,9 +88,11 @@ def install_error_handlers(app: FastAPI) -> None:
         code = None
         if error.status_code == HTTPStatus.NOT_FOUND:
             message, code = f"There is nothing at {request.method} {request.url.path}.", "not_found"
-        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             message, code = f"{request.url.path} can't be asked with {request.method}.", "method_not_allowed"
-        return JSONResponse(error_body(error.status_code, message, None, code), error.status_code, error.headers)
+            headers = {"Allow": ", ".join(_allowed(app, request))}
+        return JSONResponse(error_body(error.status_code, message, None, code), error.status_code, headers)
 
     @app.exception_handler(RequestValidationError)
     async def parameter_error(request: Request, error: RequestValidationError) -> JSONResponse:

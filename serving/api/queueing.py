@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Header, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 
 from serving.api.auth import may_see
 from serving.api.beginnings import Beginnings
@@ -21,8 +20,10 @@ from serving.jobs.storage import Storage
 from serving.jobs.store import IdempotencyConflict, Video
 from serving.jobs.video import is_video_id
 
-# For the OpenAPI document: it is read from the request where it is needed.
-IdempotencyKey = Annotated[str | None, Header()]
+# For the OpenAPI document: it is read from the request where it is needed, and checked there.
+IdempotencyKey = Annotated[
+    str | None, Header(json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"})
+]
 # Paths whose bodies may hold a video or a picture.
 TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions", "/v1/videos/characters")
 _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
@@ -79,28 +80,6 @@ class VideoQueue:
             media_type="video/mp4",
             headers={"X-Video-Id": created.id, "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-
-
-def body_document(body: type[BaseModel], *, video: bool = False, picture: bool = False) -> dict[str, Any]:
-    """The body in the OpenAPI document: it is read by hand, for it may be JSON or a form."""
-    document = {}
-    for kind in ("application/json", "multipart/form-data"):
-        schema = body.model_json_schema()
-        upload: list[dict[str, Any]] = [{"type": "string", "format": "binary"}] if kind != "application/json" else []
-        if video:
-            schema["properties"]["video"] = {"anyOf": [_reference("id"), *upload]}
-            schema["required"] = [*schema["required"], "video"]
-        if picture:
-            schema["properties"]["input_reference"] = {
-                "anyOf": [_reference("image_url"), _reference("file_id"), *upload]
-            }
-            schema["properties"]["characters"] = {"type": "array", "items": _reference("id"), "maxItems": 1}
-        document[kind] = {"schema": schema}
-    return {"requestBody": {"required": True, "content": document}}
-
-
-def _reference(key: str) -> dict[str, Any]:
-    return {"type": "object", "required": [key], "properties": {key: {"type": "string"}}, "additionalProperties": False}
 
 
 def not_found(video_id: str, param: str = "video_id") -> ApiError:

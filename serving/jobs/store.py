@@ -17,8 +17,9 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, upd
 
 from serving.jobs.artifacts import Artifact
 from serving.jobs.database import Database
-from serving.jobs.keys import check_limits
-from serving.jobs.outbox import announce
+from serving.jobs.holding import balance
+from serving.jobs.keys import check_limits, locked_key
+from serving.jobs.outbox import announce_to
 from serving.jobs.pages import Order, page_of
 from serving.jobs.protocol import (
     Idempotency,
@@ -29,7 +30,7 @@ from serving.jobs.protocol import (
 )
 from serving.jobs.tables import idempotency as _keys
 from serving.jobs.tables import videos as _videos
-from serving.jobs.video import StaleFence, Video, VideoStatus, new_video_id
+from serving.jobs.video import HELD, StaleFence, Video, VideoStatus, new_video_id
 
 __all__ = [
     "Idempotency",
@@ -55,7 +56,7 @@ _LAST_WORDS_SECONDS = 60.0
 _ENDED = (VideoStatus.COMPLETED, VideoStatus.FAILED)
 _next_queued = (
     select(_videos)
-    .where(_videos.c.status == VideoStatus.QUEUED)
+    .where(_videos.c.status == VideoStatus.QUEUED, _videos.c.priority < HELD)
     .order_by(_videos.c.priority, _videos.c.created_at, _videos.c.id)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -154,9 +155,14 @@ class SqlVideoStore:
                 before = self._once(connection, created, idempotency)
                 if before is not None:
                     return before
-            if created.owner is not None:
-                check_limits(connection, created.owner, self._clock())
-            connection.execute(insert(_videos), asdict(created))
+            key = locked_key(connection, created.owner)
+            if key is not None:
+                check_limits(connection, key, self._clock())
+            limit = None if key is None else key.max_running
+            held = {} if limit is None else {"priority": created.priority + HELD}
+            connection.execute(insert(_videos), asdict(created) | held)
+            if limit is not None:
+                balance(connection, str(created.owner), limit)
         return created
 
     def _once(self, connection: Connection, video: Video, asked: Idempotency) -> Video | None:
@@ -283,8 +289,18 @@ class SqlVideoStore:
     def _update(self, connection: Connection, video: Video, changes: dict[str, Any]) -> Video:
         connection.execute(update(_videos).where(_videos.c.id == video.id).values(changes))
         changed = replace(video, **changes)
-        if changed.webhook_url is not None and changed.status.final and not video.status.final:
-            announce(connection, f"video.{changed.status.value}", video.id, changed.webhook_url, self._clock())
+        if changed.status.final and not video.status.final:
+            key = locked_key(connection, video.owner)
+            if key is not None and key.max_running is not None:
+                balance(connection, key.id, key.max_running)
+            kind = f"video.{changed.status.value}"
+            announce_to(
+                connection,
+                kind,
+                video.id,
+                (changed.webhook_url, None if key is None else key.webhook_url),
+                self._clock(),
+            )
         return changed
 
     def _cancelled(self, video: Video) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from serving.jobs.ids import is_id, new_id
 
 # A claim takes the lowest priority first. What somebody may be watching goes before what a batch comes back for.
 INTERACTIVE, BATCH = 0, 10
+# Added to the priority of a video that no runner may claim yet: its key has as many in hand as it may.
+HELD = 100
 
 
 class VideoStatus(StrEnum):
