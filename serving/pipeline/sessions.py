@@ -21,10 +21,11 @@ from serving.pipeline.stages import DenoiseRequest, LatentChunk
 
 Floats = NDArray[np.float32]
 
-# How far from its last given frame, standing still, a bidirectional model's continuation is made. At full noise it
-# would settle where things are without having seen where they were: the frames that are given are all noise then too.
-# With the bundled model a ball jumps and leaves a ghost at 1, a little at 0.8, and rolls on at 0.65.
-GOES_ON_STRENGTH = 0.65
+# How far from its last given frame, standing still, what a bidirectional model makes begins: after a picture, and after
+# a moving one. At full noise it would settle where things are without having seen where they were, for the frames that
+# are given are all noise then too. With the bundled model a ball that was moving jumps and leaves a ghost at 1, a bit at
+# 0.8, and rolls on at 0.65; a cube in a picture loses its shape at 1, and bounces less at 0.65 than at 0.8.
+PICTURE_STRENGTH, GOES_ON_STRENGTH = 0.8, 0.65
 
 
 def open_session(manifest: Manifest, request: DenoiseRequest) -> Session:
@@ -248,10 +249,9 @@ class _Source:
         if not self._draft and given[1] >= frames:
             raise ValueError(f"{request.video_id}: {given[1]} latent frames are given, so none is left to make")
         self.frames = 0 if self._draft else given[1]
-        # One frame may go on in any way; after a moving picture a jump would be seen.
-        self._goes_on = self.frames > 1 and not looks_back
+        self._goes_on = self.frames > 0 and not looks_back
         if self._goes_on:
-            self.strength = GOES_ON_STRENGTH
+            self.strength = GOES_ON_STRENGTH if self.frames > 1 else PICTURE_STRENGTH
 
     def within(self, first: int, noise: Floats) -> _Held:
         """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`."""

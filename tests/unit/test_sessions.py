@@ -13,7 +13,7 @@ from models.bundle import CausalInfo, LatentInfo, LimitsInfo, Manifest, SamplerI
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import GOES_ON_STRENGTH, Session, open_session, skipped_steps
+from serving.pipeline.sessions import GOES_ON_STRENGTH, PICTURE_STRENGTH, Session, open_session, skipped_steps
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
 
 MANIFEST = Manifest(
@@ -199,8 +199,7 @@ def test_given_frames_stay_as_they_are_and_the_rest_is_made(manifest: Manifest, 
     # A given chunk takes one call: the one that the chunks after it look back on.
     saved = 8 * (given // 3)
     if manifest.rollout == "bidirectional":
-        # After more than a picture, the first steps are left out.
-        saved = skipped_steps(8, GOES_ON_STRENGTH) if given > 1 else 0
+        saved = skipped_steps(8, GOES_ON_STRENGTH if given > 1 else PICTURE_STRENGTH)
     assert plain.calls - expected == saved
     indices = [chunk.index for _, chunks in made for chunk in chunks]
     assert indices == [0, 1, 2]
