@@ -32,6 +32,8 @@ def _facts(bundle: Bundle) -> Table:
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "digest": bundle.digest,
     }
+    if manifest.adapters:
+        rows["merged"] = ", ".join(f"{adapter.name} x {adapter.scale:g}" for adapter in manifest.adapters)
     if manifest.precision is not None:
         rows["precision"] = f"{manifest.precision.name}, of {manifest.precision.master}"
     if manifest.causal is not None:
