@@ -8,7 +8,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -16,9 +16,12 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
-from serving.config import ServiceConfig
+from models.bundle import BundleError
+from serving.config import ConfigError, ServiceConfig
 from serving.deployments.local import LocalService, free_port, local_service
+from serving.reloading import State
 
 _TRY_IT = """\
 [bold]{url}[/]  serves {models}; videos are kept in {data_dir}
@@ -29,16 +32,22 @@ _TRY_IT = """\
 Ctrl-C stops it."""
 
 
-def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
-    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one stops at once."""
+def serve_until_interrupted(config: ServiceConfig, console: Console, read: Callable[[], ServiceConfig]) -> None:
+    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one stops at once.
+
+    On SIGHUP `read` the configuration again and change the models to it; what is wrong with it is said, and changes
+    nothing.
+    """
     with ExitStack() as running:
         with console.status("starting"):
             service = running.enter_context(local_service(config))
+        state = running.enter_context(State.kept(config.data_dir))
         body = json.dumps({"prompt": "a red ball bouncing on a sand floor at sunset", "stream": True})
         models = ", ".join(config.models)
         console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
         with _Signals() as signals:
-            signals.wait()
+            while signals.wait() == signal.SIGHUP:
+                state.tell(*_reload(service, read, console))
             _drain(service, signals, console)
 
 
@@ -115,15 +124,27 @@ def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
         drained.join(0.1)
 
 
+def _reload(service: LocalService, read: Callable[[], ServiceConfig], console: Console) -> tuple[bool, str]:
+    """Whether it was done, and a line about it."""
+    try:
+        with console.status("reloading"):
+            said = ", ".join(service.fleet.change(read())) or "nothing to change"
+    except (ConfigError, BundleError, OSError) as error:
+        console.print(f"[red]not reloaded:[/] {escape(str(error))}")
+        return False, str(error)
+    console.print(f"reloaded: {escape(said)}")
+    return True, said
+
+
 class _Signals:
-    """SIGINT and SIGTERM as something to wait for, in the main thread."""
+    """SIGINT, SIGTERM and SIGHUP as something to wait for, in the main thread."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._count = self._hangups = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._came)
         return self
 
@@ -132,11 +153,19 @@ class _Signals:
             signal.signal(number, handler)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+        if number == signal.SIGHUP:
+            self._hangups += 1
+        else:
+            self._count += 1
 
-    def wait(self) -> None:
+    def wait(self) -> signal.Signals:
+        """SIGHUP, or SIGINT for either of the others. Hang-ups that came at the same time are one."""
         while not self._count:
+            if self._hangups:
+                self._hangups = 0
+                return signal.SIGHUP
             time.sleep(0.1)
+        return signal.SIGINT
 
     def again(self) -> bool:
         return self._count > 1

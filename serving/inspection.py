@@ -39,6 +39,8 @@ def _facts(bundle: Bundle) -> Table:
             f"{cost.chunk:.2g} s a chunk, {cost.pixel:.2g} s a pixel; "
             f"within {100 * cost.worst_error:.0f} %, {cost.device}"
         )
+    if manifest.adapters:
+        rows["merged"] = ", ".join(f"{adapter.name} x {adapter.scale:g}" for adapter in manifest.adapters)
     if manifest.precision is not None:
         rows["precision"] = f"{manifest.precision.name}, of {manifest.precision.master}"
     if manifest.causal is not None:

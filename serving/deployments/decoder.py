@@ -17,10 +17,14 @@ from serving.pipeline.stages import Fragment, LatentChunk, VideoSpec
 class DecoderDeployment:
     """One replica: its engines, and the causal caches of the videos whose chunks come here."""
 
-    def __init__(self, bundle: Path, config: DecoderConfig) -> None:
-        loaded = Bundle.load(bundle)
+    def __init__(self, bundle: Path, digest: str, config: DecoderConfig) -> None:
+        loaded = Bundle.load(bundle, digest)
         self._stage = EngineDecoder.open(
-            loaded, threads=config.threads, provider=config.provider, max_sessions=config.max_sessions
+            loaded,
+            threads=config.threads,
+            provider=config.provider,
+            plans=config.plans,
+            max_sessions=config.max_sessions,
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
 

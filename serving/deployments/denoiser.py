@@ -16,11 +16,12 @@ from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone
 class DenoiserDeployment:
     """One replica: its engine, and the sessions of the videos that it denoises together."""
 
-    def __init__(self, bundle: Path, config: DenoiserConfig) -> None:
+    def __init__(self, bundle: Path, digest: str, config: DenoiserConfig) -> None:
         self._stage = EngineDenoiser.open(
-            Bundle.load(bundle),
+            Bundle.load(bundle, digest),
             threads=config.threads,
             provider=config.provider,
+            plans=config.plans,
             limits=Limits(max_rows=config.max_rows, max_tokens=config.max_tokens),
             max_sessions=config.max_sessions,
         )

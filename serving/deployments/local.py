@@ -10,14 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.storage import open_storage
 
-APP_NAME = "rushes"
+if TYPE_CHECKING:
+    from serving.deployments.fleet import Fleet
 
 # Read by Ray when it is imported or by the processes that it starts, so they must be set before.
 _ENVIRONMENT = {
@@ -47,16 +48,16 @@ class LocalService:
     """A running service; `url` is its root."""
 
     url: str
-    _runner: Any
+    fleet: Fleet
 
     def running(self) -> int:
         """Videos in hand."""
-        count: int = self._runner.running.remote().result()
+        count: int = self.fleet.runner().running.remote().result()
         return count
 
     def drain(self) -> None:
         """Take no new video, and return when those in hand have ended; queued ones stay in the store."""
-        for _ in self._runner.broadcast("drain").results():
+        for _ in self.fleet.runner().broadcast("drain").results():
             pass
 
 
@@ -64,7 +65,8 @@ class LocalService:
 def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     """Start everything, and stop all of it on the way out.
 
-    Raises `ConfigError` or `DatabaseError` for what can't be started with, and `StartError` when Ray doesn't come up.
+    Raises `ConfigError`, `BundleError` or `DatabaseError` for what can't be started with, and `StartError` when Ray
+    doesn't come up.
     """
     config = config.resolved()
     url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
@@ -76,26 +78,28 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     from ray import serve
     from ray.exceptions import RayError
 
-    from serving.deployments.app import build_app
+    from serving.deployments.fleet import Fleet
 
+    fleet = Fleet(serve)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(math.ceil(config.cores()), os.cpu_count() or 1),
+                # Twice: models are rolled with old and new side by side, and others may be loaded.
+                num_cpus=max(math.ceil(2 * config.cores()), os.cpu_count() or 1),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level="ERROR",
                 log_to_driver=False,
             )
             _start_serve(serve, config)
-            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+            fleet.start(config)
             _wait_for_proxy(url)
         except (RayError, RuntimeError, TimeoutError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StartError(f"the service did not start: {said} (Ray's logs: /tmp/ray/session_latest/logs)") from error
-        yield LocalService(url, serve.get_deployment_handle("runner", APP_NAME))
+        yield LocalService(url, fleet)
     finally:
         # The replicas die with this Ray: whoever wants to wait for their work drains first.
         if ray.is_initialized():

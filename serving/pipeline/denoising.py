@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-
-import numpy as np
+from pathlib import Path
 
 from models.bundle import Bundle, GraphName, Manifest
-from serving.engines.engine import Engine, EngineError
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.engine import Engine, EngineError, arrays_of
+from serving.engines.onnx_runtime import CPU
+from serving.engines.opening import Opener
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler
 from serving.pipeline.sessions import Session, open_session
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone
@@ -63,11 +63,12 @@ class EngineDenoiser:
         *,
         threads: int = 1,
         provider: str = CPU,
+        plans: Path | None = None,
         limits: Limits | None = None,
         max_sessions: int = 64,
     ) -> EngineDenoiser:
         names: list[GraphName] = ["denoiser", "denoiser_2"] if bundle.manifest.experts else ["denoiser"]
-        engines = [OnnxRuntimeEngine(bundle.path_of(name), threads=threads, provider=provider) for name in names]
+        engines = Opener(bundle, threads, provider, plans).open(*names)
         second = engines[1] if len(engines) > 1 else None
         return cls(engines[0], bundle.manifest, second=second, limits=limits, max_sessions=max_sessions)
 
@@ -106,7 +107,7 @@ class EngineDenoiser:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
-        session = open_session(self._manifest, request)
+        session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
         self._scheduler.add(
             Entry(
@@ -161,7 +162,8 @@ class EngineDenoiser:
         """One engine call for all of `batch`, in the engine's thread; returns what each session finished."""
         fed = [session.feeds() for session in batch]
         engine = self._engines[batch[0].graph]
-        outputs = engine.run({name: np.concatenate([feeds[name] for feeds in fed]) for name in fed[0]})
+        join = arrays_of(engine).join
+        outputs = engine.run({name: join([feeds[name] for feeds in fed]) for name in fed[0]})
         finished, row = [], 0
         for session in batch:
             rows = slice(row, row + session.rows)
