@@ -15,6 +15,7 @@ from serving.api.creation import idempotency
 from serving.api.errors import ApiError
 from serving.api.schemas import CreateVideoRequest, RemixVideoRequest, VideoObject, video_object
 from serving.api.streams import follow_video
+from serving.jobs.estimates import Estimates
 from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
 from serving.jobs.store import IdempotencyConflict, Video
@@ -32,8 +33,11 @@ _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 class VideoQueue:
     """What the routers that make videos, or look for one, share."""
 
-    def __init__(self, storage: Storage, wake: Callable[[], Awaitable[None]], beginnings: Beginnings) -> None:
+    def __init__(
+        self, storage: Storage, wake: Callable[[], Awaitable[None]], beginnings: Beginnings, estimates: Estimates
+    ) -> None:
         self._storage, self._wake, self._beginnings = storage, wake, beginnings
+        self._estimates = estimates
 
     async def existing(self, video_id: str, owner: str | None, param: str = "video_id") -> Video:
         """Raises `ApiError` (404) for a video that isn't there, or isn't this owner's to see."""
@@ -44,10 +48,11 @@ class VideoQueue:
 
     async def shown(self, video: Video, response: Response) -> VideoObject:
         """The answer's body; `response` gets the header that says when to ask again."""
-        if not video.status.final:
-            left = await self._storage.estimates.seconds_left(video)
-            response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
-        return video_object(video)
+        if video.status.final:
+            return video_object(video)
+        left = await self._estimates.seconds_left(video)
+        response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
+        return video_object(video, estimated_seconds_left=left)
 
     async def put(
         self,

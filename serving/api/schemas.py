@@ -181,9 +181,12 @@ class VideoObject(BaseModel):
     guidance_scale: float
     best_of: int
     scene_prompts: list[ScenePrompt]
+    estimated_seconds_left: float | None = Field(
+        default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
+    )
 
 
-def video_object(video: Video) -> VideoObject:
+def video_object(video: Video, *, estimated_seconds_left: float | None = None) -> VideoObject:
     failed = video.status is VideoStatus.FAILED
     return VideoObject(
         id=video.id,
@@ -207,6 +210,7 @@ def video_object(video: Video) -> VideoObject:
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
+        estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 
 
