@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, text
 
 from models.bundle import Bundle
 from serving.api.app import create_api
+from serving.api.beginnings import ReferencePolicy
 from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
 from serving.deployments.attempt import AttemptSettings, Stages
@@ -29,6 +30,9 @@ from serving.pipeline.local import LocalPipeline
 
 MAX_BODY = 1 << 20
 MAX_FILE = 3 << 20
+REFERENCES = ReferencePolicy(max_bytes=1 << 20)
+# Of a body that may hold a picture or a video.
+MAX_REFERENCE_BODY = MAX_BODY + REFERENCES.max_body_bytes
 
 
 def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
@@ -67,6 +71,7 @@ class Service:
             max_body_bytes=MAX_BODY,
             max_file_bytes=MAX_FILE,
             require_keys=require_keys,
+            references=REFERENCES,
         )
 
     async def wake(self, video_id: str | None = None) -> None:

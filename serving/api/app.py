@@ -22,6 +22,7 @@ from serving.api.queueing import TAKE_FILES, VideoQueue, Wake
 from serving.api.references import references_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
+from serving.jobs.estimates import Estimates
 from serving.jobs.storage import Storage
 
 
@@ -50,7 +51,7 @@ def create_api(
     catalog = Catalog(bundles, aliases or {}, rewriter or RewriterConfig())
     gate = [Depends(Gate(storage.keys if require_keys else None))]
     beginnings = Beginnings(storage, references)
-    queue = VideoQueue(storage, wake, beginnings)
+    queue = VideoQueue(storage, wake, beginnings, Estimates(storage.database, priced=catalog.priced))
     for videos in (
         characters_router(storage, catalog, beginnings),
         references_router(catalog, webhooks, queue, beginnings),

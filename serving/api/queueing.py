@@ -15,6 +15,7 @@ from serving.api.creation import idempotency
 from serving.api.errors import ApiError
 from serving.api.schemas import CreateVideoRequest, RemixVideoRequest, VideoObject, video_object
 from serving.api.streams import follow_video
+from serving.jobs.estimates import Estimates
 from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
 from serving.jobs.store import IdempotencyConflict, Video, VideoNotFound
@@ -39,8 +40,9 @@ class Wake(Protocol):
 class VideoQueue:
     """What the routers that make videos, or look for one, share."""
 
-    def __init__(self, storage: Storage, wake: Wake, beginnings: Beginnings) -> None:
+    def __init__(self, storage: Storage, wake: Wake, beginnings: Beginnings, estimates: Estimates) -> None:
         self._storage, self._wake, self._beginnings = storage, wake, beginnings
+        self._estimates = estimates
 
     async def existing(self, video_id: str, owner: str | None, param: str = "video_id") -> Video:
         """Raises `ApiError` (404) for a video that isn't there, or isn't this owner's to see."""
@@ -51,10 +53,11 @@ class VideoQueue:
 
     async def shown(self, video: Video, response: Response) -> VideoObject:
         """The answer's body; `response` gets the header that says when to ask again."""
-        if not video.status.final:
-            left = await self._storage.estimates.seconds_left(video)
-            response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
-        return video_object(video)
+        if video.status.final:
+            return video_object(video)
+        left = await self._estimates.seconds_left(video)
+        response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
+        return video_object(video, estimated_seconds_left=left)
 
     async def cancel(self, video_id: str) -> Video:
         """Stop a video, if it hasn't ended. Raises `ApiError` (404) when somebody deleted it meanwhile."""
