@@ -276,9 +276,10 @@ def _static(model: onnx.ModelProto, scratch: Path, calls: Sequence[Mapping[str, 
         op_types_to_quantize=["MatMul"],
         nodes_to_quantize=_weighted(model, ["MatMul"]),
         per_channel=True,
-        activation_type=QuantType.QUInt8,
+        # TensorRT takes no other: signed, and with its zero in the middle.
+        activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},
+        extra_options={"MatMulConstBOnly": True, "ActivationSymmetric": True},
     )
     return onnx.load(scratch / "made.onnx")
 

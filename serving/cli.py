@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from serving.config import MINI_BUNDLE, ConfigError, ServiceConfig, load_config, parse_config
 
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEFAULT_URL = "http://127.0.0.1:8000"
 
+
+class _Commands(TyperGroup):
+    """`rushes export CHECKPOINT` and `rushes export tensorrt BUNDLE` are two commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:2] == ["export", "tensorrt"]:
+            args = ["export tensorrt", *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Text goes in, video comes out while the rest of it is still being made.",
     no_args_is_help=True,
     add_completion=False,
@@ -185,20 +197,40 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
 ) -> None:
-    """Run the service on this machine until Ctrl-C, which waits for the videos in hand."""
-    from models.bundle import Bundle as LoadedBundle
+    """Run the service on this machine until Ctrl-C, which finishes the videos in hand; a second one hands them back.
+
+    `rushes reload` makes it read its configuration again.
+    """
     from serving.foreground import serve_until_interrupted
 
-    with _said_in_one_line():
+    def read() -> ServiceConfig:
         settings = load_config(config) if config else ServiceConfig()
         given = {"host": host, "port": port, "data_dir": data_dir}
         values = settings.model_dump() | {key: value for key, value in given.items() if value is not None}
         if bundle is not None:
             values["models"] = _alone(bundle)
-        checked = parse_config(values, "options")
-        for path in checked.models.values():
-            LoadedBundle.load(path).verify()
-        serve_until_interrupted(checked, _console)
+        return parse_config(values, "options")
+
+    with _said_in_one_line():
+        serve_until_interrupted(read(), _console, read)
+
+
+@app.command("reload")
+def reload_service(
+    config: Config = None,
+    data_dir: Annotated[Path | None, typer.Option(help="As the service was started with; instead of --config.")] = None,
+) -> None:
+    """Load, unload and roll models of the running service, as its configuration now says; prints what it did.
+
+    A bundle that is damaged or doesn't start is refused, and everything is served on as before. Videos that are running
+    end on the model that they began with.
+    """
+    from serving.reloading import reload
+
+    with _said_in_one_line():
+        settings = load_config(config) if config else ServiceConfig()
+        for line in reload(data_dir or settings.data_dir).split(", "):
+            print(line)
 
 
 @database.command("upgrade")
@@ -217,11 +249,25 @@ def create_key(
     name: Annotated[str, typer.Argument(help="Whose it is, for the list.")],
     per_minute: Annotated[int | None, typer.Option(min=1, help="Videos it may ask for in a minute.")] = None,
     unfinished: Annotated[int | None, typer.Option(min=1, help="Videos it may have queued and running.")] = None,
+    running: Annotated[
+        int | None, typer.Option(min=1, help="Videos of it that are made at a time; others of it wait.")
+    ] = None,
+    webhook_url: Annotated[
+        str | None, typer.Option(help="What to call when any of its videos or batches has ended.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Make a key and print it, this once: only its hash is kept."""
     with _said_in_one_line():
-        key, secret = _key_store(config).create(name[:256], max_per_minute=per_minute, max_unfinished=unfinished)
+        if webhook_url is not None:
+            _check_webhook(webhook_url, load_config(config) if config else ServiceConfig())
+        key, secret = _key_store(config).create(
+            name[:256],
+            max_per_minute=per_minute,
+            max_unfinished=unfinished,
+            max_running=running,
+            webhook_url=webhook_url,
+        )
         _console.print(f"{key.id} {_plain(key.name)}")
         print(secret)
 
@@ -241,6 +287,17 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="As the list shows it.
         if not _key_store(config).revoke(key_id):
             raise ConfigError(f"there is no key {key_id}")
         print(key_id)
+
+
+def _check_webhook(url: str, settings: ServiceConfig) -> None:
+    from serving.jobs.targets import BadTarget, check_url
+
+    if settings.webhooks.secret is None:
+        raise ConfigError("--webhook-url needs webhooks.secret in the configuration, or RUSHES_WEBHOOK_SECRET")
+    try:
+        check_url(url, allow_private=settings.webhooks.allow_private)
+    except BadTarget as error:
+        raise ConfigError(f"--webhook-url can't be called: {error}") from None
 
 
 def _key_store(config: Path | None) -> KeyStore:
@@ -366,7 +423,7 @@ def cancel(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint: WanPipeline's layout or LTXPipeline's.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint, such as WanPipeline's layout.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The bundle's directory; a bundle that is there is replaced.")
     ],
@@ -374,20 +431,123 @@ def export(
         bool,
         typer.Option(help="Run every graph against torch at other shapes, and a whole video against diffusers."),
     ] = True,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]PATH[:SCALE]",
+            help="A LoRA to merge into the denoiser, and how much of it; may be given several times. PART is "
+            "transformer_2 for one that belongs to the second expert.",
+        ),
+    ] = None,
 ) -> None:
-    """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written."""
+    """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written.
+
+    `rushes export tensorrt BUNDLE` is another command.
+    """
     try:
         from export.checkpoint import export_checkpoint
+        from export.lora import Adapter
         from export.onnx import ExportError
     except ImportError as error:
         _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
     with _said_in_one_line():
         with _console.status("exporting") as status:
             try:
-                export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)), verify=verify)
+                export_checkpoint(
+                    checkpoint,
+                    output,
+                    progress=lambda said: status.update(_plain(said)),
+                    verify=verify,
+                    adapters=[Adapter.parse(text) for text in lora or ()],
+                )
             except ExportError as error:
                 _fail(str(error), BAD_INPUT)
         print(output)
+
+
+class Runtime(StrEnum):
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
+
+
+@app.command("export tensorrt")
+def export_tensorrt(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.")],
+    cache: Annotated[
+        Path | None, typer.Option(help="Where plans are kept.", show_default="BUNDLE/plans", metavar="DIR")
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="WIDTHxHEIGHT to build fast kernels for; may be repeated. The default size when left out."),
+    ] = None,
+    any_size: Annotated[bool, typer.Option(help="Also build for every other size within the model's limits.")] = True,
+    rows: Annotated[int, typer.Option(min=1, help="The denoiser's largest batch, as `denoiser.max_rows`.")] = 8,
+    refit: Annotated[bool, typer.Option("--refit", help="Weights can be changed in the loaded engine.")] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights can stay in host memory: for models beyond the GPU's.")
+    ] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Faster fp32, with the mantissa of fp16.")] = False,
+    graph: Annotated[list[str] | None, typer.Option(help="Build this graph alone; may be repeated.")] = None,
+    runtime: Annotated[Runtime, typer.Option(help="tensorrt_rtx is for GeForce and RTX cards.")] = Runtime.tensorrt,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="For tensorrt_rtx, which needs no GPU to build: such as 8.9.")
+    ] = None,
+) -> None:
+    """Build TensorRT plans of a bundle's graphs, for the GPU of this machine; prints where each one is."""
+    from models.bundle import SERVED_GRAPHS
+    from models.bundle import Bundle as LoadedBundle
+    from models.plans import PLANS
+
+    try:
+        from export.onnx import ExportError
+        from export.tensorrt import export_plans, open_target
+    except ImportError as error:
+        _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
+    if unknown := [name for name in graph or () if name not in SERVED_GRAPHS]:
+        _fail(f"--graph must be one of {', '.join(SERVED_GRAPHS)}, not {unknown[0]!r}", BAD_INPUT)
+    flags = [name for name, on in (("refit", refit), ("weight_streaming", weight_streaming), ("tf32", tf32)) if on]
+    with _said_in_one_line(), _console.status("building") as status:
+        try:
+            plans = export_plans(
+                LoadedBundle.load(bundle),
+                open_target(runtime.value, compute_capability),
+                cache or bundle / PLANS,
+                graphs=[name for name in SERVED_GRAPHS if graph is None or name in graph],
+                sizes=[_size(text) for text in size or ()],
+                any_size=any_size,
+                rows=rows,
+                flags=cast(Any, flags),
+                progress=lambda said: status.update(_plain(said)),
+            )
+        except ExportError as error:
+            _fail(str(error), BAD_INPUT)
+    for plan in plans:
+        print(plan)
+
+
+@app.command()
+def measure(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's directory; its manifest is written anew.")],
+    threads: Annotated[int, typer.Option(min=1, help="Threads for an engine call, as the service will have.")] = 1,
+    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+) -> None:
+    """Measure what a bundle's graphs take on this machine, and keep that in the bundle.
+
+    A service tells by it how long a video will take before it has made one. Its digest becomes another.
+    """
+    from models.bundle import Bundle as LoadedBundle
+    from serving import measuring
+
+    with _said_in_one_line():
+        loaded = LoadedBundle.load(bundle)
+        loaded.verify()
+        with _console.status("measuring") as status:
+            cost = measuring.measure(
+                loaded, threads=threads, provider=provider, progress=lambda said: status.update(_plain(said))
+            )
+        measuring.write(loaded, cost)
+        _console.print(f"within {100 * cost.worst_error:.0f} % of {len(cost.calls_measured)} calls, {cost.device}")
+        print(bundle)
 
 
 @app.command()
@@ -445,6 +605,13 @@ def inspect(
             print(loaded.manifest.model_dump_json(indent=1, exclude_none=True))
         else:
             describe(loaded, Console(highlight=False))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, x, height = text.partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise ConfigError(f"--size must be WIDTHxHEIGHT, not {text!r}")
+    return int(width), int(height)
 
 
 def _scene(text: str) -> dict[str, object]:

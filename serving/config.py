@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic import ValidationError as PydanticValidationError
 
 import models.mini
@@ -56,7 +65,14 @@ class StageConfig(_Strict):
     )
     num_gpus: NonNegativeFloat = Field(default=0.0, description="GPUs that Ray gives a replica; may be a fraction.")
     threads: PositiveInt = Field(default=1, description="Threads that one engine call uses on the CPU.")
-    provider: str = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider.")
+    provider: str = Field(
+        default="CPUExecutionProvider",
+        description="What runs the graphs: one of ONNX Runtime's execution providers, or `tensorrt` or `tensorrt_rtx`, "
+        "for which `rushes export tensorrt` has made plans.",
+    )
+    plans: Path | None = Field(
+        default=None, description="Where TensorRT's plans are; in the bundle's directory `plans` when it is left out."
+    )
     max_ongoing_requests: PositiveInt = Field(
         default=64, description="Requests a replica has in hand before it refuses more."
     )
@@ -123,7 +139,18 @@ class RunnerConfig(_Strict):
     batch_poll_seconds: PositiveFloat = Field(
         default=2.0, description="How often a runner looks after batches and webhooks."
     )
-    max_attempts: PositiveInt = Field(default=3, description="Tries at a video before it fails for good.")
+    max_attempts: PositiveInt = Field(
+        default=3,
+        description="Failed tries at a video before it fails for good, since something of it was last kept.",
+    )
+    max_lapses: PositiveInt = Field(
+        default=10, description="As max_attempts, for tries that ended because their runner vanished."
+    )
+    checkpoint_steps: NonNegativeInt = Field(
+        default=5,
+        description="Every so many steps a bidirectional video's sampler is kept, to go on from after a crash; 0 is "
+        "never. Finished chunks of a causal video always are.",
+    )
 
 
 class ApiConfig(_Strict):
@@ -253,14 +280,36 @@ class ServiceConfig(_Strict):
         for name, path in bundles.items():
             if not (path / "bundle.json").is_file():
                 raise ConfigError(f"models.{name}: no bundle at {path}")
-        return self.model_copy(update={"models": bundles, "data_dir": self.data_dir.expanduser().resolve()})
+        text_encoder, denoiser, decoder = (
+            stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()})
+            for stage in self._stages
+        )
+        return self.model_copy(
+            update={
+                "models": bundles,
+                "data_dir": self.data_dir.expanduser().resolve(),
+                "text_encoder": text_encoder,
+                "denoiser": denoiser,
+                "decoder": decoder,
+            }
+        )
+
+    @property
+    def _stages(self) -> tuple[StageConfig, ...]:
+        return self.text_encoder, self.denoiser, self.decoder
+
+    def cores_of_one_model(self) -> float:
+        """What one model's replicas ask Ray for when it is loaded."""
+        return sum(stage.num_cpus * stage.autoscaling.min_replicas for stage in self._stages)
+
+    def gpus_of_one_model(self) -> float:
+        """The same in GPUs."""
+        return sum(stage.num_gpus * stage.autoscaling.min_replicas for stage in self._stages)
 
     def cores(self) -> float:
         """What the replicas ask Ray for when every stage is at its largest."""
-        stages: tuple[StageConfig, ...] = (self.text_encoder, self.denoiser, self.decoder)
-        of_one_model = sum(stage.num_cpus * stage.autoscaling.max_replicas for stage in stages)
         return (
-            of_one_model * len(self.models)
+            sum(stage.num_cpus * stage.autoscaling.max_replicas for stage in self._stages) * len(self.models)
             + self.runner.num_cpus * self.runner.replicas
             + self.api.num_cpus * self.api.replicas
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -16,9 +17,12 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
-from serving.config import ServiceConfig
+from models.bundle import BundleError
+from serving.config import ConfigError, ServiceConfig
 from serving.deployments.local import LocalService, free_port, local_service
+from serving.reloading import State
 
 _TRY_IT = """\
 [bold]{url}[/]  serves {models}; videos are kept in {data_dir}
@@ -28,18 +32,42 @@ _TRY_IT = """\
 
 Ctrl-C stops it."""
 
+_LOOK_SECONDS = 0.1
 
-def serve_until_interrupted(config: ServiceConfig, console: Console) -> None:
-    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one stops at once."""
+
+class _RayDied(Exception):  # noqa: N818
+    """Some of its processes; the message says which."""
+
+
+def serve_until_interrupted(config: ServiceConfig, console: Console, read: Callable[[], ServiceConfig]) -> None:
+    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one puts them back into
+    the queue, where the next start finds them.
+
+    On SIGHUP `read` the configuration again and change the models to it; what is wrong with it is said, and changes
+    nothing. When Ray dies under it, this process ends with status 1: whoever started it may start it again, and nothing
+    is lost by that.
+    """
     with ExitStack() as running:
+        signals = running.enter_context(_Signals())
         with console.status("starting"):
             service = running.enter_context(local_service(config))
+        signals.up()
+        state = running.enter_context(State.kept(config.data_dir))
         body = json.dumps({"prompt": "a red ball bouncing on a sand floor at sunset", "stream": True})
         models = ", ".join(config.models)
         console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
-        with _Signals() as signals:
-            signals.wait()
+        try:
+            while not signals.came():
+                if signals.hung_up():
+                    state.tell(*_reload(service, read, console))
+                _check(service)
+                time.sleep(_LOOK_SECONDS)
             _drain(service, signals, console)
+        except _RayDied as died:
+            console.print(f"[red]rushes:[/] Ray has died ({died}); start again, and every video is gone on with")
+            service.kill()
+            # Not by an exception: Ray's own handlers would wait for what is dead.
+            os._exit(1)
 
 
 def run_demo(models: Mapping[str, Path], request: Mapping[str, Any], output: Path, console: Console) -> None:
@@ -104,6 +132,11 @@ def _boxes(parts: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
             pending = pending[size:]
 
 
+def _check(service: LocalService) -> None:
+    if dead := service.dead():
+        raise _RayDied(", ".join(dead))
+
+
 def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
     if count := service.running():
         console.print(
@@ -111,19 +144,35 @@ def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
         )
     drained = threading.Thread(target=service.drain, daemon=True)
     drained.start()
-    while drained.is_alive() and not signals.again():
-        drained.join(0.1)
+    while drained.is_alive() and not signals.came(twice=True):
+        _check(service)
+        drained.join(_LOOK_SECONDS)
+    if drained.is_alive():
+        service.hand_back()
+
+
+def _reload(service: LocalService, read: Callable[[], ServiceConfig], console: Console) -> tuple[bool, str]:
+    """Whether it was done, and a line about it."""
+    try:
+        with console.status("reloading"):
+            said = ", ".join(service.fleet.change(read())) or "nothing to change"
+    except (ConfigError, BundleError, OSError) as error:
+        console.print(f"[red]not reloaded:[/] {escape(str(error))}")
+        return False, str(error)
+    console.print(f"reloaded: {escape(said)}")
+    return True, said
 
 
 class _Signals:
-    """SIGINT and SIGTERM as something to wait for, in the main thread."""
+    """SIGINT, SIGTERM and SIGHUP, in the main thread: an end to the start, and something to look for once it is up."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._count = self._hangups = 0
+        self._up = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._came)
         return self
 
@@ -131,12 +180,22 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def up(self) -> None:
+        """From here on signals are counted."""
+        self._up = True
+
+    def came(self, *, twice: bool = False) -> bool:
+        return self._count > twice
+
     def _came(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._hangups += 1
+            return
         self._count += 1
+        if not self._up:
+            raise KeyboardInterrupt
 
-    def wait(self) -> None:
-        while not self._count:
-            time.sleep(0.1)
-
-    def again(self) -> bool:
-        return self._count > 1
+    def hung_up(self) -> bool:
+        """Whether SIGHUP came since this was last asked. Those that came at the same time are one."""
+        hung_up, self._hangups = self._hangups > 0, 0
+        return hung_up

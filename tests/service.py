@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from sqlalchemy import create_engine, text
 
 from models.bundle import Bundle
 from serving.api.app import create_api
+from serving.api.beginnings import ReferencePolicy
+from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
 from serving.deployments.attempt import AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
+from serving.deployments.courier import Courier
 from serving.deployments.runner import Runner
 from serving.jobs.artifacts import Artifacts, video_key
 from serving.jobs.database import Database
@@ -28,6 +31,9 @@ from serving.pipeline.local import LocalPipeline
 
 MAX_BODY = 1 << 20
 MAX_FILE = 3 << 20
+REFERENCES = ReferencePolicy(max_bytes=1 << 20)
+# Of a body that may hold a picture or a video.
+MAX_REFERENCE_BODY = MAX_BODY + REFERENCES.max_body_bytes
 
 
 def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
@@ -55,6 +61,12 @@ async def served(api: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
             await serving
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Bounded by the test's own time limit."""
+    while not holds():  # noqa: ASYNC110 - nothing here could set an event
+        await asyncio.sleep(0.001)
+
+
 class Service:
     """The application over a store of its own; `wakes` counts how often the runners were told of news."""
 
@@ -75,10 +87,11 @@ class Service:
             max_body_bytes=MAX_BODY,
             max_file_bytes=MAX_FILE,
             require_keys=require_keys,
+            references=REFERENCES,
         )
 
-    async def wake(self) -> None:
-        self.wakes += 1
+    async def wake(self, video_id: str | None = None) -> None:
+        self.wakes += video_id is None
 
     async def claimed(self) -> Video:
         video = await self.store.claim("runner", 60)
@@ -107,7 +120,11 @@ class Service:
 class WholeService:
     """Runner, stages, store, log and HTTP together in one process, without Ray."""
 
-    def __init__(self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path) -> None:
+    def __init__(
+        self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path, *, webhook_secret: str | None = None
+    ) -> None:
+        self.webhook_secret = webhook_secret
+        self.webhooks = WebhookPolicy(enabled=webhook_secret is not None, allow_private=True)
         database = Database.open(f"sqlite:///{data_dir / 'videos.db'}")
         self.store = SqlVideoStore(database, max_attempts=2)
         self.artifacts = Artifacts(data_dir)
@@ -132,13 +149,20 @@ class WholeService:
         """A runner, and the API on a real socket."""
         runner = self.runner = self.new_runner()
 
-        async def wake() -> None:
-            runner.wake()
+        async def wake(video_id: str | None = None) -> None:
+            runner.wake() if video_id is None else runner.tell(video_id)
 
-        api = create_api(self.storage, {"tiny": self.bundle}, wake, aliases={"sora-2": "tiny"})
-        batches = BatchWorker(self.storage, Catalog({"tiny": self.bundle}, {}))
+        bundles, aliases = {"tiny": self.bundle}, {"sora-2": "tiny"}
+        api = create_api(self.storage, bundles, wake, aliases=aliases, webhooks=self.webhooks)
+        batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
+        loops = [runner.run(), batches.run(poll_seconds=0.05)]
+        if self.webhook_secret is not None:
+            courier = Courier(
+                self.storage.outbox, self.webhook_secret, allow_private=True, timeout_seconds=5, give_up_seconds=60
+            )
+            loops.append(courier.run(0.05))
         async with served(api) as client:
-            working = asyncio.gather(runner.run(), batches.run(poll_seconds=0.05))
+            working = asyncio.gather(*loops)
             try:
                 yield client
             finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
@@ -22,18 +22,19 @@ from serving.api.hls import hls_router
 from serving.api.load import AskStages, load_router, no_stages
 from serving.api.models import Catalog, models_router
 from serving.api.playground import playground_router
-from serving.api.queueing import TAKE_FILES, VideoQueue
+from serving.api.queueing import TAKE_FILES, VideoQueue, Wake
 from serving.api.references import references_router
 from serving.api.streams import streams_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
+from serving.jobs.estimates import Estimates
 from serving.jobs.storage import Storage
 
 
 def create_api(
     storage: Storage,
     bundles: Mapping[str, Bundle],
-    wake: Callable[[], Awaitable[None]],
+    wake: Wake,
     *,
     aliases: Mapping[str, str] | None = None,
     webhooks: WebhookPolicy = NO_WEBHOOKS,
@@ -46,8 +47,8 @@ def create_api(
 ) -> FastAPI:
     """Everything under `/v1`, `/health`, and the page at `/`.
 
-    `wake` tells the runners that there is a new video in the store; `aliases` are other names for models;
-    `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
+    `wake` tells the runners that there is a new video in the store, or one to stop; `aliases` are other names for
+    models; `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
@@ -56,13 +57,14 @@ def create_api(
     catalog = Catalog(bundles, aliases or {}, rewriter or RewriterConfig())
     gate = [Depends(Gate(storage.keys if require_keys else None))]
     beginnings = Beginnings(storage, references)
-    queue = VideoQueue(storage, wake, beginnings)
+    estimates = Estimates(storage.database, priced=catalog.priced)
+    queue = VideoQueue(storage, wake, beginnings, estimates)
     for videos in (
         characters_router(storage, catalog, beginnings),
         references_router(catalog, webhooks, queue, beginnings),
         videos_router(storage, catalog, webhooks, queue, beginnings),
         streams_router(storage, queue),
-        events_router(storage, queue),
+        events_router(storage, queue, estimates),
         hls_router(storage, catalog, queue),
     ):
         app.include_router(videos, dependencies=gate, responses=ERRORS)
@@ -70,7 +72,7 @@ def create_api(
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
 
-    app.include_router(load_router(storage, ask_stages), dependencies=gate, responses=ERRORS)
+    app.include_router(load_router(estimates, ask_stages), dependencies=gate, responses=ERRORS)
     app.include_router(playground_router())
 
     @app.get("/health", tags=["health"])

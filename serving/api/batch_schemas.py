@@ -56,7 +56,10 @@ class CreateBatchRequest(BaseModel):
 
     input_file_id: str = Field(description="A file with purpose `batch`: a JSON object a line.")
     endpoint: Literal["/v1/videos"] = Field(description="What each line is a request to.")
-    completion_window: str = Field(description="`24h`: what isn't made by then is not made.")
+    completion_window: str = Field(
+        description="`24h`: what isn't made by then is not made.",
+        json_schema_extra={"pattern": "^([1-9]|[1-9][0-9]|1[0-5][0-9]|16[0-8])h$"},
+    )
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
         default=None, max_length=16, description="Anything of yours, kept with the batch."
     )

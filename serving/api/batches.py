@@ -11,17 +11,12 @@ from serving.api.auth import Owner, may_see
 from serving.api.batch_schemas import BatchList, BatchObject, CreateBatchRequest, batch_object, parse_batch
 from serving.api.body import opened_body
 from serving.api.creation import WebhookPolicy
+from serving.api.document import id_pattern, json_document
 from serving.api.errors import ApiError
 from serving.jobs.batches import Batch, BatchStatus, is_batch_id, new_batch_id
 from serving.jobs.files import is_file_id
 from serving.jobs.storage import Storage
 
-_CREATE_DOCUMENT = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": CreateBatchRequest.model_json_schema()}},
-    }
-}
 _LONGEST_WINDOW_HOURS = 168
 
 
@@ -35,7 +30,7 @@ def batches_router(storage: Storage, webhooks: WebhookPolicy) -> APIRouter:
             raise ApiError(404, f"There is no batch {batch_id[:64]!r}.", param="batch_id", code="batch_not_found")
         return batch
 
-    @router.post("", openapi_extra=_CREATE_DOCUMENT)
+    @router.post("", openapi_extra=json_document(CreateBatchRequest, webhooks=webhooks.enabled))
     async def create_batch(request: Request, owner: Owner) -> BatchObject:
         async with opened_body(request) as (values, _):
             body = parse_batch(values)
@@ -63,7 +58,7 @@ def batches_router(storage: Storage, webhooks: WebhookPolicy) -> APIRouter:
         owner: Owner,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
-        after: str | None = None,
+        after: Annotated[str | None, Query(json_schema_extra={"pattern": id_pattern("batch_")})] = None,
     ) -> BatchList:
         if after is not None and not is_batch_id(after):
             raise ApiError(400, "after must be a batch's id.", param="after", code="invalid_value")

@@ -9,6 +9,7 @@ from starlette.datastructures import UploadFile
 from serving.api.auth import Owner
 from serving.api.beginnings import Beginnings
 from serving.api.body import opened_body
+from serving.api.document import NO_NUL
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import parse, without_nul
@@ -52,8 +53,9 @@ _DOCUMENT = {
                     "required": ["video", "name"],
                     "properties": {
                         "video": {"type": "string", "format": "binary"},
-                        "name": {"type": "string", "minLength": 1, "maxLength": 80},
+                        "name": {"type": "string", "minLength": 1, "maxLength": 80, "pattern": NO_NUL},
                     },
+                    "additionalProperties": False,
                 }
             }
         },

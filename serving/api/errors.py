@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +63,15 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    """The methods of every route at the request's path; the framework names those of the first one alone."""
+    methods: set[str] = set()
+    for route in app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of `app`, its framework's own included, an envelope."""
 
@@ -78,15 +89,24 @@ def install_error_handlers(app: FastAPI) -> None:
         code = None
         if error.status_code == HTTPStatus.NOT_FOUND:
             message, code = f"There is nothing at {request.method} {request.url.path}.", "not_found"
-        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             message, code = f"{request.url.path} can't be asked with {request.method}.", "method_not_allowed"
-        return JSONResponse(error_body(error.status_code, message, None, code), error.status_code, error.headers)
+            headers = {"Allow": ", ".join(_allowed(app, request))}
+        return JSONResponse(error_body(error.status_code, message, None, code), error.status_code, headers)
 
     @app.exception_handler(RequestValidationError)
     async def parameter_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         return JSONResponse(error_body(400, str(first["msg"]), param, "invalid_value"), 400)
+
+    @app.exception_handler(OperationalError)
+    async def database_away(request: Request, error: OperationalError) -> JSONResponse:
+        """Such as while it is restarted. Clients that know what a 503 is ask again by themselves."""
+        _log.warning("%s %s: the database could not be asked", request.method, request.url.path, exc_info=error)
+        message = "The service can't reach its database; ask again in a moment."
+        return JSONResponse(error_body(503, message, None, "unavailable"), 503, {"Retry-After": "1"})
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

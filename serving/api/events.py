@@ -22,6 +22,7 @@ from serving.api.errors import ApiError
 from serving.api.queueing import VideoQueue
 from serving.api.schemas import video_object
 from serving.api.watching import Watch, stream_headers
+from serving.jobs.estimates import Estimates
 from serving.jobs.fragment_log import LogEntry, LogFailed
 from serving.jobs.storage import Storage
 from serving.jobs.store import VideoStatus
@@ -40,7 +41,7 @@ _DOCUMENT: dict[int | str, dict[str, Any]] = {
 }
 
 
-def events_router(storage: Storage, queue: VideoQueue) -> APIRouter:
+def events_router(storage: Storage, queue: VideoQueue, estimates: Estimates) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.get("/{video_id}/events", response_class=Response, responses=_DOCUMENT)
@@ -51,7 +52,7 @@ def events_router(storage: Storage, queue: VideoQueue) -> APIRouter:
             message = "Last-Event-ID must be the id of an event of this video."
             raise ApiError(400, message, param="Last-Event-ID", code="invalid_value")
         watch = Watch(storage, await queue.existing(video_id, owner))
-        told = _Telling(storage, watch, int(last_event_id) + 1 if last_event_id else 0)
+        told = _Telling(storage, estimates, watch, int(last_event_id) + 1 if last_event_id else 0)
         return StreamingResponse(told.events(), media_type="text/event-stream", headers=stream_headers(watch.video))
 
     return router
@@ -60,8 +61,9 @@ def events_router(storage: Storage, queue: VideoQueue) -> APIRouter:
 class _Telling:
     """One client being told of one video."""
 
-    def __init__(self, storage: Storage, watch: Watch, from_fragment: int) -> None:
-        self._storage, self._watch, self._from = storage, watch, from_fragment
+    def __init__(self, storage: Storage, estimates: Estimates, watch: Watch, from_fragment: int) -> None:
+        self._storage, self._estimates = storage, estimates
+        self._watch, self._from = watch, from_fragment
         self._events: asyncio.Queue[bytes | None] = asyncio.Queue(_WAITING)
         self._fps = 0
 
@@ -106,7 +108,7 @@ class _Telling:
                 return
             if video.status is VideoStatus.QUEUED:
                 attempt = 0
-                state: tuple[str, int] = "queued", await self._storage.estimates.videos_ahead(video)
+                state: tuple[str, int] = "queued", await self._estimates.videos_ahead(video)
                 if state != told:
                     await self._put("queued", {"position": state[1]})
             else:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from serving.api.auth import Owner, may_see
 from serving.api.batch_schemas import DeletedFile, FileList, FileObject, file_object
 from serving.api.content import file_response
+from serving.api.document import id_pattern
 from serving.api.errors import ApiError
 from serving.jobs.files import StoredFile, is_file_id
 from serving.jobs.storage import Storage
@@ -38,6 +39,11 @@ _UPLOAD_DOCUMENT = {
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
                         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": _LIFETIME_SECONDS},
                     },
+                    "dependentRequired": {
+                        "expires_after[anchor]": ["expires_after[seconds]"],
+                        "expires_after[seconds]": ["expires_after[anchor]"],
+                    },
+                    "additionalProperties": False,
                 }
             }
         },
@@ -78,7 +84,7 @@ def files_router(storage: Storage) -> APIRouter:
         purpose: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
-        after: str | None = None,
+        after: Annotated[str | None, Query(json_schema_extra={"pattern": id_pattern("file-")})] = None,
     ) -> FileList:
         if after is not None and not is_file_id(after):
             raise ApiError(400, "after must be a file's id.", param="after", code="invalid_value")

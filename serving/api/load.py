@@ -8,7 +8,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from serving.jobs.storage import Storage
+from serving.jobs.estimates import Estimates
 
 
 class StageLoad(BaseModel):
@@ -35,13 +35,13 @@ async def no_stages() -> Sequence[StageLoad]:
     return ()
 
 
-def load_router(storage: Storage, ask_stages: AskStages) -> APIRouter:
+def load_router(estimates: Estimates, ask_stages: AskStages) -> APIRouter:
     router = APIRouter(prefix="/v1/load", tags=["health"])
 
     @router.get("")
     async def load() -> Load:
         """Everybody's videos, whoever asks: it is the machines that this is about."""
-        queued, running = await storage.estimates.unfinished()
+        queued, running = await estimates.unfinished()
         return Load(queued=queued, running=running, stages=list(await ask_stages()))
 
     return router

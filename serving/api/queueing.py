@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated, Protocol
 
 from fastapi import Header, Request, Response
-from pydantic import BaseModel
 
 from serving.api.auth import may_see
 from serving.api.beginnings import Beginnings
@@ -15,23 +14,34 @@ from serving.api.creation import idempotency
 from serving.api.errors import ApiError
 from serving.api.schemas import CreateVideoRequest, RemixVideoRequest, VideoObject, video_object
 from serving.api.watching import Watch, stream_response
+from serving.jobs.estimates import Estimates
 from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
-from serving.jobs.store import IdempotencyConflict, Video
+from serving.jobs.store import IdempotencyConflict, Video, VideoNotFound
 from serving.jobs.video import is_video_id
 
-# For the OpenAPI document: it is read from the request where it is needed.
-IdempotencyKey = Annotated[str | None, Header()]
+# For the OpenAPI document: it is read from the request where it is needed, and checked there.
+IdempotencyKey = Annotated[
+    str | None, Header(json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"})
+]
 # Paths whose bodies may hold a video or a picture.
 TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions", "/v1/videos/characters")
 _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 
 
+class Wake(Protocol):
+    """Tells the runners that the store has news; they hear of it anyway, only later."""
+
+    async def __call__(self, video_id: str | None = None) -> None:
+        """Of a new video, or that this one is to stop."""
+
+
 class VideoQueue:
     """What the routers that make videos, or look for one, share."""
 
-    def __init__(self, storage: Storage, wake: Callable[[], Awaitable[None]], beginnings: Beginnings) -> None:
+    def __init__(self, storage: Storage, wake: Wake, beginnings: Beginnings, estimates: Estimates) -> None:
         self._storage, self._wake, self._beginnings = storage, wake, beginnings
+        self._estimates = estimates
 
     async def existing(self, video_id: str, owner: str | None, param: str = "video_id") -> Video:
         """Raises `ApiError` (404) for a video that isn't there, or isn't this owner's to see."""
@@ -42,10 +52,28 @@ class VideoQueue:
 
     async def shown(self, video: Video, response: Response) -> VideoObject:
         """The answer's body; `response` gets the header that says when to ask again."""
+        if video.status.final:
+            return video_object(video)
+        left = await self._estimates.seconds_left(video)
+        response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
+        return video_object(video, estimated_seconds_left=left)
+
+    async def cancel(self, video_id: str) -> Video:
+        """Stop a video, if it hasn't ended. Raises `ApiError` (404) when somebody deleted it meanwhile."""
+        return await self._stopped(video_id, self._storage.videos.request_cancel)
+
+    async def delete(self, video_id: str) -> Video:
+        """As `cancel`, and it is hidden from now on."""
+        return await self._stopped(video_id, self._storage.videos.delete)
+
+    async def _stopped(self, video_id: str, stop: Callable[[str], Awaitable[Video]]) -> Video:
+        try:
+            video = await stop(video_id)
+        except VideoNotFound:
+            raise not_found(video_id) from None
         if not video.status.final:
-            left = await self._storage.estimates.seconds_left(video)
-            response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
-        return video_object(video)
+            await self._wake(video_id)
+        return video
 
     async def put(
         self,
@@ -73,28 +101,6 @@ class VideoQueue:
         if not body.stream:
             return await self.shown(created, response)
         return stream_response(Watch(self._storage, created))
-
-
-def body_document(body: type[BaseModel], *, video: bool = False, picture: bool = False) -> dict[str, Any]:
-    """The body in the OpenAPI document: it is read by hand, for it may be JSON or a form."""
-    document = {}
-    for kind in ("application/json", "multipart/form-data"):
-        schema = body.model_json_schema()
-        upload: list[dict[str, Any]] = [{"type": "string", "format": "binary"}] if kind != "application/json" else []
-        if video:
-            schema["properties"]["video"] = {"anyOf": [_reference("id"), *upload]}
-            schema["required"] = [*schema["required"], "video"]
-        if picture:
-            schema["properties"]["input_reference"] = {
-                "anyOf": [_reference("image_url"), _reference("file_id"), *upload]
-            }
-            schema["properties"]["characters"] = {"type": "array", "items": _reference("id"), "maxItems": 1}
-        document[kind] = {"schema": schema}
-    return {"requestBody": {"required": True, "content": document}}
-
-
-def _reference(key: str) -> dict[str, Any]:
-    return {"type": "object", "required": [key], "properties": {key: {"type": "string"}}, "additionalProperties": False}
 
 
 def not_found(video_id: str, param: str = "video_id") -> ApiError:

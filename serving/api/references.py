@@ -10,9 +10,10 @@ from serving.api.auth import Owner
 from serving.api.beginnings import DEFAULT_STRENGTH, Beginnings, as_object, check_encodes
 from serving.api.body import opened_body
 from serving.api.creation import WebhookPolicy, new_video
+from serving.api.document import body_document
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
-from serving.api.queueing import IdempotencyKey, VideoQueue, body_document
+from serving.api.queueing import IdempotencyKey, VideoQueue
 from serving.api.schemas import (
     CreateVideoRequest,
     EditVideoRequest,
@@ -29,7 +30,11 @@ def references_router(
 ) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-    @router.post("/{video_id}/remix", response_model=VideoObject, openapi_extra=body_document(RemixVideoRequest))
+    @router.post(
+        "/{video_id}/remix",
+        response_model=VideoObject,
+        openapi_extra=body_document(RemixVideoRequest, catalog, webhooks=webhooks.enabled),
+    )
     async def remix_video(
         request: Request, response: Response, video_id: str, owner: Owner, idempotency_key: IdempotencyKey = None
     ) -> Response | VideoObject:
@@ -42,14 +47,22 @@ def references_router(
         video, kept = await beginnings.from_video(video, manifest, source, strength=strength)
         return await queue.put(request, response, video, body, kept)
 
-    @router.post("/edits", response_model=VideoObject, openapi_extra=body_document(EditVideoRequest, video=True))
+    @router.post(
+        "/edits",
+        response_model=VideoObject,
+        openapi_extra=body_document(EditVideoRequest, catalog, webhooks=webhooks.enabled, video=True),
+    )
     async def edit_video(
         request: Request, response: Response, owner: Owner, idempotency_key: IdempotencyKey = None
     ) -> Response | VideoObject:
         """As a remix, but of an uploaded video too."""
         return await derived(request, response, owner, EditVideoRequest)
 
-    @router.post("/extensions", response_model=VideoObject, openapi_extra=body_document(ExtendVideoRequest, video=True))
+    @router.post(
+        "/extensions",
+        response_model=VideoObject,
+        openapi_extra=body_document(ExtendVideoRequest, catalog, webhooks=webhooks.enabled, video=True),
+    )
     async def extend_video(
         request: Request, response: Response, owner: Owner, idempotency_key: IdempotencyKey = None
     ) -> Response | VideoObject:
@@ -94,9 +107,10 @@ def references_router(
 
     def again(body: RemixVideoRequest, source: Video, owner: str | None, param: str) -> tuple[Video, Manifest]:
         """A video with another one's settings."""
-        if isinstance(body, EditVideoRequest) and body.model is not None:
-            message = "model is for uploaded videos; this video has its own."
-            raise ApiError(400, message, param="model", code="invalid_value")
+        for name in ("model", "size"):
+            if getattr(body, name, None) is not None:
+                message = f"{name} is for uploaded videos; this video has its own."
+                raise ApiError(400, message, param=name, code="invalid_value")
         request = source.request
         model, manifest = catalog.resolve(source.model)
         check_encodes(manifest, param)
@@ -120,6 +134,7 @@ def references_router(
         asked = CreateVideoRequest(
             prompt=body.prompt,
             model=model,
+            size=body.size,
             seed=body.seed,
             rewrite_prompt=body.rewrite_prompt,
             webhook_url=body.webhook_url,

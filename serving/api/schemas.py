@@ -14,11 +14,18 @@ from serving.jobs.store import Video, VideoStatus
 
 
 def _whole_number(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is a whole one too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _whole_seconds(value: Any) -> Any:
     """OpenAI sends `seconds` as a string, people send a number; both mean the same."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10 else value
+    spelt = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10
+    return int(value) if spelt else _whole_number(value)
 
 
-WholeSeconds = Annotated[int, BeforeValidator(_whole_number, json_schema_input_type=str | int)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+WholeSeconds = Annotated[int, BeforeValidator(_whole_seconds, json_schema_input_type=str | int)]
 _Request = TypeVar("_Request", bound=BaseModel)
 
 
@@ -31,18 +38,18 @@ class CreateVideoRequest(BaseModel):
     model: str | None = Field(default=None, description="A model's name, as `GET /v1/models` lists it.")
     seconds: WholeSeconds | None = Field(default=None, description="Whole seconds, as a string or a number.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT` in pixels.")
-    seed: int | None = Field(
+    seed: WholeNumber | None = Field(
         default=None, description="The same seed gives the same video; random when it is left out."
     )
     negative_prompt: str | None = Field(default=None, description="What not to show.")
-    num_inference_steps: int | None = Field(default=None, description="Denoising steps.")
+    num_inference_steps: WholeNumber | None = Field(default=None, description="Denoising steps.")
     guidance_scale: float | None = Field(
         default=None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
     )
     rewrite_prompt: bool | None = Field(
         default=None, description="Whether a loose prompt is made a detailed one first; the service's default if null."
     )
-    best_of: int | None = Field(
+    best_of: WholeNumber | None = Field(
         default=None, description="Make so many videos, of this seed and the next ones, and show the best; 1 to 8."
     )
     scene_prompts: list[dict[str, Any]] | None = Field(
@@ -75,7 +82,9 @@ class RemixVideoRequest(BaseModel):
         allow_inf_nan=False,
         description="How far to go from the video: near 0 it stays as it is, 1 keeps nothing of it.",
     )
-    seed: int | None = Field(default=None, description="The video's own when it is left out; random for an upload.")
+    seed: WholeNumber | None = Field(
+        default=None, description="The video's own when it is left out; random for an upload."
+    )
     rewrite_prompt: bool | None = Field(default=None, description="As in `POST /v1/videos`.")
     webhook_url: str | None = Field(default=None, description="As in `POST /v1/videos`.")
     stream: bool = Field(default=False, description="As in `POST /v1/videos`.")
@@ -90,6 +99,9 @@ class EditVideoRequest(RemixVideoRequest):
     """The body of `POST /v1/videos/edits`, beside the `video` itself."""
 
     model: str | None = Field(default=None, description="For an uploaded video; else it is the video's own.")
+    size: str | None = Field(
+        default=None, description="For an uploaded video, which is cut to cover it; else it is the video's own."
+    )
 
 
 class ExtendVideoRequest(EditVideoRequest):
@@ -169,9 +181,12 @@ class VideoObject(BaseModel):
     guidance_scale: float
     best_of: int
     scene_prompts: list[ScenePrompt]
+    estimated_seconds_left: float | None = Field(
+        default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
+    )
 
 
-def video_object(video: Video) -> VideoObject:
+def video_object(video: Video, *, estimated_seconds_left: float | None = None) -> VideoObject:
     failed = video.status is VideoStatus.FAILED
     return VideoObject(
         id=video.id,
@@ -195,6 +210,7 @@ def video_object(video: Video) -> VideoObject:
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
+        estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 
 

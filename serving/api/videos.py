@@ -11,13 +11,14 @@ from serving.api.beginnings import Beginnings
 from serving.api.body import opened_body
 from serving.api.content import file_response
 from serving.api.creation import WebhookPolicy, new_video
+from serving.api.document import body_document, id_pattern
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
-from serving.api.queueing import IdempotencyKey, VideoQueue, body_document, not_found
+from serving.api.queueing import IdempotencyKey, VideoQueue
 from serving.api.schemas import CreateVideoRequest, DeletedVideo, VideoList, VideoObject, parse_create, video_object
 from serving.jobs.artifacts import video_key
 from serving.jobs.storage import Storage
-from serving.jobs.store import VideoNotFound, VideoStatus
+from serving.jobs.store import VideoStatus
 from serving.jobs.sweeper import Sweeper
 from serving.jobs.video import is_video_id
 
@@ -41,7 +42,11 @@ def videos_router(
     store, artifacts = storage.videos, storage.artifacts
     sweeper = Sweeper(store, artifacts)
 
-    @router.post("", response_model=VideoObject, openapi_extra=body_document(CreateVideoRequest, picture=True))
+    @router.post(
+        "",
+        response_model=VideoObject,
+        openapi_extra=body_document(CreateVideoRequest, catalog, webhooks=webhooks.enabled, picture=True),
+    )
     async def create_video(
         request: Request, response: Response, owner: Owner, idempotency_key: IdempotencyKey = None
     ) -> Response | VideoObject:
@@ -65,7 +70,7 @@ def videos_router(
         owner: Owner,
         limit: Annotated[int, Query(ge=0, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
-        after: str | None = None,
+        after: Annotated[str | None, Query(json_schema_extra={"pattern": id_pattern("video_")})] = None,
     ) -> VideoList:
         if after is not None and not is_video_id(after):
             raise ApiError(400, "after must be a video's id.", param="after", code="invalid_value")
@@ -85,20 +90,13 @@ def videos_router(
     async def cancel_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
         """A queued video fails at once, a running one within a step; one that has ended stays as it is."""
         await queue.existing(video_id, owner)
-        try:
-            cancelled = await store.request_cancel(video_id)
-        except VideoNotFound:  # somebody deleted it meanwhile
-            raise not_found(video_id) from None
-        return await queue.shown(cancelled, response)
+        return await queue.shown(await queue.cancel(video_id), response)
 
     @router.delete("/{video_id}")
     async def delete_video(video_id: str, owner: Owner) -> DeletedVideo:
         """Cancels it where it isn't finished. Its files go with it."""
         await queue.existing(video_id, owner)
-        try:
-            deleted = await store.delete(video_id)
-        except VideoNotFound:  # somebody else deleted it meanwhile
-            raise not_found(video_id) from None
+        deleted = await queue.delete(video_id)
         if deleted.status.final:
             await sweeper.remove(deleted)
         return DeletedVideo(id=video_id)

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from models.bundle import Bundle
 from serving.config import ServiceConfig, StageConfig, parse_config
 from serving.deployments.api import ApiDeployment
 from serving.deployments.decoder import DecoderDeployment
@@ -29,15 +29,39 @@ _STICKY = RequestRouterConfig(
 # Ray's default of 20 tries at a constructor takes minutes to say that a bundle is broken.
 _CONSTRUCTOR_TRIES = 2
 _SHUTDOWN_LOOK_SECONDS = 0.2
+# How soon Ray sees that a replica has died, and starts another; its default is 10 s.
+_HEALTH_LOOK_SECONDS = 2.0
+
+StageName = Literal["text-encoder", "denoiser", "decoder"]
 
 
 def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Application:
-    """The service as one Ray Serve application. Raises `ConfigError`, which names what is wrong in `config`."""
+    """The service as one Ray Serve application. Raises `ConfigError`, which names what is wrong, or `BundleError`."""
     if not isinstance(config, ServiceConfig):
         config = parse_config(config or {})
     config = config.resolved()
-    stages = {name: _stages(name, bundle, config) for name, bundle in config.models.items()}
-    runner = _deployment(
+    stages = {name: _stages(name, bundle, config) for name, bundle in checked(config).items()}
+    return build_api(config, build_runner(config, stages))
+
+
+def build_model(name: str, bundle: Bundle, config: ServiceConfig) -> Application:
+    """One model's stages as an application of their own, which comes and goes without the others."""
+    stages = _stages(name, bundle, config, together=True)
+    application: Application = stages.text_encoder
+    return application
+
+
+def checked(config: ServiceConfig) -> dict[str, Bundle]:
+    """Every model's bundle, with all of its files verified. Raises `BundleError`."""
+    bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+    for bundle in bundles.values():
+        bundle.verify()
+    return bundles
+
+
+def build_runner(config: ServiceConfig, stages: Mapping[str, StageHandles]) -> Application:
+    """The runner, over stages that are bound with it or run already."""
+    application: Application = _deployment(
         RunnerDeployment,
         "runner",
         config,
@@ -46,7 +70,12 @@ def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Applic
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": config.runner.num_cpus},
     ).bind(config, stages)
-    return _deployment(
+    return application
+
+
+def build_api(config: ServiceConfig, runner: Any) -> Application:
+    """The API, in front of a runner that is bound with it or runs already."""
+    application: Application = _deployment(
         serve.ingress()(ApiDeployment),
         "api",
         config,
@@ -54,14 +83,17 @@ def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Applic
         max_ongoing_requests=config.api.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.api.num_cpus},
     ).bind(config, runner)
+    return application
 
 
-def _stages(model: str, bundle: Path, config: ServiceConfig) -> StageHandles:
-    def stage(cls: type, name: str, settings: StageConfig, **options: Any) -> Any:
+def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool = False) -> StageHandles:
+    """`together`: the text encoder is bound to the other two."""
+
+    def stage(cls: type, name: StageName, settings: StageConfig, *beside: Any, **options: Any) -> Any:
         scaling = settings.autoscaling
         return _deployment(
             cls,
-            f"{model}-{name}",
+            stage_name(model, name),
             config,
             max_ongoing_requests=settings.max_ongoing_requests,
             autoscaling_config={
@@ -73,13 +105,18 @@ def _stages(model: str, bundle: Path, config: ServiceConfig) -> StageHandles:
             },
             ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
             **options,
-        ).bind(bundle, settings)
+        ).bind(bundle.root, bundle.digest, settings, *beside)
 
-    return StageHandles(
-        text_encoder=stage(TextEncoderDeployment, "text-encoder", config.text_encoder),
-        denoiser=stage(DenoiserDeployment, "denoiser", config.denoiser),
-        decoder=stage(DecoderDeployment, "decoder", config.decoder, request_router_config=_STICKY),
-    )
+    denoiser = stage(DenoiserDeployment, "denoiser", config.denoiser)
+    decoder = stage(DecoderDeployment, "decoder", config.decoder, request_router_config=_STICKY)
+    beside = (denoiser, decoder) if together else ()
+    text_encoder = stage(TextEncoderDeployment, "text-encoder", config.text_encoder, *beside)
+    return StageHandles(text_encoder=text_encoder, denoiser=denoiser, decoder=decoder)
+
+
+def stage_name(model: str, stage: StageName) -> str:
+    """A stage's deployment."""
+    return f"{model}-{stage}"
 
 
 def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> Any:
@@ -88,6 +125,7 @@ def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> A
         name=name,
         graceful_shutdown_timeout_s=config.graceful_shutdown_seconds,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_LOOK_SECONDS,
+        health_check_period_s=_HEALTH_LOOK_SECONDS,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
         **options,

@@ -17,15 +17,22 @@ from serving.pipeline.stages import Fragment, LatentChunk, VideoSpec
 class DecoderDeployment:
     """One replica: its engines, and the causal caches of the videos whose chunks come here."""
 
-    def __init__(self, bundle: Path, config: DecoderConfig) -> None:
-        loaded = Bundle.load(bundle)
+    def __init__(self, bundle: Path, digest: str, config: DecoderConfig) -> None:
+        loaded = Bundle.load(bundle, digest)
         self._stage = EngineDecoder.open(
-            loaded, threads=config.threads, provider=config.provider, max_sessions=config.max_sessions
+            loaded,
+            threads=config.threads,
+            provider=config.provider,
+            plans=config.plans,
+            max_sessions=config.max_sessions,
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         return await self._stage.decode(video_id, spec, chunk)
+
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._stage.replay(video_id, spec, chunk)
 
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.storage import open_storage
 
-APP_NAME = "rushes"
+if TYPE_CHECKING:
+    from serving.deployments.fleet import Fleet
 
 # Read by Ray when it is imported or by the processes that it starts, so they must be set before.
 _ENVIRONMENT = {
@@ -36,6 +39,8 @@ _ENVIRONMENT = {
 # Latents and fragments in flight; Ray would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
 _PROXY_SECONDS = 120
+_HAND_BACK_SECONDS = 15
+_VITAL = {"gcs_server", "raylet"}
 
 
 class StartError(OSError):
@@ -47,24 +52,39 @@ class LocalService:
     """A running service; `url` is its root."""
 
     url: str
-    _runner: Any
+    fleet: Fleet
 
     def running(self) -> int:
         """Videos in hand."""
-        count: int = self._runner.running.remote().result()
-        return count
+        return sum(self.fleet.runner().broadcast("running").results())
 
     def drain(self) -> None:
         """Take no new video, and return when those in hand have ended; queued ones stay in the store."""
-        for _ in self._runner.broadcast("drain").results():
-            pass
+        self.fleet.runner().broadcast("drain").results()
+
+    def hand_back(self) -> None:
+        """Put the videos in hand back into the queue, with all that is made of them kept; for some seconds at most."""
+        with suppress(TimeoutError):
+            self.fleet.runner().broadcast("hand_back").results(timeout_s=_HAND_BACK_SECONDS)
+
+    def dead(self) -> list[str]:
+        """Those of Ray's own processes that have died, without which nothing here works; empty while all is well."""
+        node = _ray_node()
+        return ["ray"] if node is None else sorted({kind for kind, _ in node.dead_processes()} & _VITAL)
+
+    def kill(self) -> None:
+        """End what is left of a Ray that has died: to stop it as usual would take the minute that it waits for its
+        head. The replicas end with the raylet."""
+        if node := _ray_node():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 @contextmanager
 def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     """Start everything, and stop all of it on the way out.
 
-    Raises `ConfigError` or `DatabaseError` for what can't be started with, and `StartError` when Ray doesn't come up.
+    Raises `ConfigError`, `BundleError` or `DatabaseError` for what can't be started with, and `StartError` when Ray
+    doesn't come up.
     """
     config = config.resolved()
     url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
@@ -76,31 +96,43 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     from ray import serve
     from ray.exceptions import RayError
 
-    from serving.deployments.app import build_app
+    from serving.deployments.fleet import Fleet
 
+    fleet = Fleet(serve)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address="local",
-                num_cpus=max(math.ceil(config.cores()), os.cpu_count() or 1),
+                # Twice: models are rolled with old and new side by side, and others may be loaded.
+                num_cpus=max(math.ceil(2 * config.cores()), os.cpu_count() or 1),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level="ERROR",
                 log_to_driver=False,
             )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process with a stack trace
             _start_serve(serve, config)
-            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+            fleet.start(config)
             _wait_for_proxy(url)
         except (RayError, RuntimeError, TimeoutError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StartError(f"the service did not start: {said} (Ray's logs: /tmp/ray/session_latest/logs)") from error
-        yield LocalService(url, serve.get_deployment_handle("runner", APP_NAME))
+        yield LocalService(url, fleet)
     finally:
         # The replicas die with this Ray: whoever wants to wait for their work drains first.
         if ray.is_initialized():
             _forget_handles(serve)
         ray.shutdown()
+
+
+def _ray_node() -> Any:
+    """Ray has no other way to ask for the processes that it started here."""
+    import ray
+
+    return ray._private.worker._global_node
 
 
 def _forget_handles(serve: Any) -> None:

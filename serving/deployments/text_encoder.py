@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,12 @@ from serving.pipeline.text import EngineTextEncoder
 class TextEncoderDeployment:
     """One replica: its engine, the embeddings of the prompts it has seen, a rewriter and a captioner (or none)."""
 
-    def __init__(self, bundle: Path, config: TextEncoderConfig) -> None:
-        loaded = Bundle.load(bundle)
-        self._stage = EngineTextEncoder.open(loaded, threads=config.threads, provider=config.provider)
+    def __init__(self, bundle: Path, digest: str, config: TextEncoderConfig, *beside: Any) -> None:
+        """`beside` are the model's other stages: an application is whatever its first deployment is bound to."""
+        loaded = Bundle.load(bundle, digest)
+        self._stage = EngineTextEncoder.open(
+            loaded, threads=config.threads, provider=config.provider, plans=config.plans
+        )
         self._rewriter = open_rewriter(loaded, config.rewriter)
         self._captioner = EngineCaptioner.open(loaded)
 

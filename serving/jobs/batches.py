@@ -12,13 +12,15 @@ from typing import Any
 from sqlalchemy import RowMapping, Select, func, insert, select, update
 
 from serving.jobs.database import Database
+from serving.jobs.holding import balance
 from serving.jobs.ids import is_id, new_id
-from serving.jobs.outbox import announce
+from serving.jobs.keys import locked_key
+from serving.jobs.outbox import announce_to
 from serving.jobs.pages import Order, page_of
 from serving.jobs.store import SqlVideoStore
 from serving.jobs.tables import batches as _batches
 from serving.jobs.tables import videos as _videos
-from serving.jobs.video import Video, VideoStatus
+from serving.jobs.video import HELD, Video, VideoStatus
 
 _LEASE_SECONDS = 120.0
 
@@ -111,10 +113,17 @@ class BatchStore:
     def add_videos(self, videos: Sequence[Video]) -> None:
         """Put a batch's videos into the queue, but for those whose line is there already."""
         with self._database.write() as connection:
+            key = locked_key(connection, videos[0].owner if videos else None)
+            limit = None if key is None else key.max_running
             for video in videos:
-                self._database.insert_new(
-                    connection, _videos, asdict(replace(video, created_at=video.created_at or self.clock()))
+                made = replace(
+                    video,
+                    created_at=video.created_at or self.clock(),
+                    priority=video.priority + (0 if limit is None else HELD),
                 )
+                self._database.insert_new(connection, _videos, asdict(made))
+            if key is not None and limit is not None:
+                balance(connection, key.id, limit)
 
     async def pending(self, batch_id: str, limit: int) -> Sequence[str]:
         """Ids of its videos that have not ended and were not told to."""
@@ -169,8 +178,10 @@ class BatchStore:
                 return None
             connection.execute(update(_batches).where(_batches.c.id == batch_id).values(changes))
             batch = replace(_batch(row), **changes)
-            if batch.webhook_url is not None and batch.status in _ENDED:
-                announce(connection, f"batch.{batch.status.value}", batch.id, batch.webhook_url, self.clock())
+            if batch.status in _ENDED:
+                key = locked_key(connection, batch.owner)
+                urls = (batch.webhook_url, None if key is None else key.webhook_url)
+                announce_to(connection, f"batch.{batch.status.value}", batch.id, urls, self.clock())
             return batch
 
     def _claim(self) -> Batch | None:

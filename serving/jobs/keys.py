@@ -31,9 +31,11 @@ class LimitReached(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """None means no limit: on videos asked for in a minute, and on those that are queued or running at a time.
+    """None means no limit: on videos asked for in a minute, on those that are queued or running at a time, and on those
+    that are running.
 
-    A batch's videos count for neither: they wait until nobody else does.
+    A batch's videos count only for the last: they wait until nobody else does. `webhook_url` is told of every video's
+    and every batch's end, beside the one that its request names.
     """
 
     id: str
@@ -42,6 +44,8 @@ class ApiKey:
     revoked_at: float | None = None
     max_per_minute: int | None = None
     max_unfinished: int | None = None
+    max_running: int | None = None
+    webhook_url: str | None = None
 
 
 class KeyStore:
@@ -51,11 +55,19 @@ class KeyStore:
         self._database, self._clock = database, clock
 
     def create(
-        self, name: str, *, max_per_minute: int | None = None, max_unfinished: int | None = None
+        self,
+        name: str,
+        *,
+        max_per_minute: int | None = None,
+        max_unfinished: int | None = None,
+        max_running: int | None = None,
+        webhook_url: str | None = None,
     ) -> tuple[ApiKey, str]:
         """A new key, and the secret that is never shown again."""
         secret = f"sk-rushes-{secrets.token_urlsafe(32)}"
-        key = ApiKey(new_id("key_"), name, self._clock(), None, max_per_minute, max_unfinished)
+        key = ApiKey(
+            new_id("key_"), name, self._clock(), None, max_per_minute, max_unfinished, max_running, webhook_url
+        )
         with self._database.write() as connection:
             connection.execute(insert(_keys), asdict(key) | {"digest": _digest(secret)})
         return key, secret
@@ -82,15 +94,17 @@ class KeyStore:
         return None if row is None else _key(row)
 
 
-def check_limits(connection: Connection, owner: str, now: float) -> None:
-    """In the transaction that is about to create a video of `owner`'s. Raises `LimitReached`.
-
-    The key's row is locked, so that requests at once are counted one after another.
-    """
+def locked_key(connection: Connection, owner: str | None) -> ApiKey | None:
+    """The key that a video is of, locked, so that changes to its queue come one after another."""
+    if owner is None:
+        return None
     row = connection.execute(select(_keys).where(_keys.c.id == owner).with_for_update()).mappings().one_or_none()
-    if row is None:
-        return
-    key = _key(row)
+    return None if row is None else _key(row)
+
+
+def check_limits(connection: Connection, key: ApiKey, now: float) -> None:
+    """In the transaction that is about to create a video of this locked key's. Raises `LimitReached`."""
+    owner = key.id
     mine = select(func.count(), func.min(_videos.c.created_at)).where(
         _videos.c.owner == owner, _videos.c.batch_id.is_(None)
     )

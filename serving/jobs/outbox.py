@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,6 +37,13 @@ def announce(connection: Connection, kind: str, subject: str, url: str, now: flo
     payload = json.dumps(event, separators=(",", ":"))
     row = Delivery(identity, url, payload, created_at=now, attempts=0, next_at=now)
     connection.execute(insert(_deliveries), {field.name: getattr(row, field.name) for field in fields(row)})
+
+
+def announce_to(connection: Connection, kind: str, subject: str, urls: Iterable[str | None], now: float) -> None:
+    """`announce` to each of these that is one, once."""
+    for url in dict.fromkeys(urls):
+        if url is not None:
+            announce(connection, kind, subject, url, now)
 
 
 class Outbox:

@@ -17,8 +17,9 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, upd
 
 from serving.jobs.artifacts import Artifact
 from serving.jobs.database import Database
-from serving.jobs.keys import check_limits
-from serving.jobs.outbox import announce
+from serving.jobs.holding import balance
+from serving.jobs.keys import check_limits, locked_key
+from serving.jobs.outbox import announce_to
 from serving.jobs.pages import Order, page_of
 from serving.jobs.protocol import (
     Idempotency,
@@ -29,7 +30,7 @@ from serving.jobs.protocol import (
 )
 from serving.jobs.tables import idempotency as _keys
 from serving.jobs.tables import videos as _videos
-from serving.jobs.video import StaleFence, Video, VideoStatus, new_video_id
+from serving.jobs.video import HELD, StaleFence, Video, VideoStatus, new_video_id
 
 __all__ = [
     "Idempotency",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 MAX_ATTEMPTS = 3
+MAX_LAPSES = 10
 RETENTION_SECONDS = 30 * 86400.0
 IDEMPOTENCY_SECONDS = 86400.0
 # A runner that is told that its video was deleted still writes down how its log ended; that must not come after the
@@ -55,7 +57,7 @@ _LAST_WORDS_SECONDS = 60.0
 _ENDED = (VideoStatus.COMPLETED, VideoStatus.FAILED)
 _next_queued = (
     select(_videos)
-    .where(_videos.c.status == VideoStatus.QUEUED)
+    .where(_videos.c.status == VideoStatus.QUEUED, _videos.c.priority < HELD)
     .order_by(_videos.c.priority, _videos.c.created_at, _videos.c.id)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -70,12 +72,13 @@ class SqlVideoStore:
         database: Database | str,
         *,
         max_attempts: int = MAX_ATTEMPTS,
+        max_lapses: int = MAX_LAPSES,
         retention_seconds: float = RETENTION_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """A URL is opened. A video that has ended is kept for `retention_seconds`. Raises `DatabaseError`."""
         self._database = Database.open(database) if isinstance(database, str) else database
-        self._max_attempts = max_attempts
+        self._max_attempts, self._max_lapses = max_attempts, max_lapses
         self._retention_seconds = retention_seconds
         self._clock = clock
 
@@ -100,8 +103,9 @@ class SqlVideoStore:
     async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
         return await self._write(video_id, fence, lambda _: {"lease_until": self._clock() + lease_seconds})
 
-    async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
-        return await self._write(video_id, fence, lambda _: {"progress": progress})
+    async def set_progress(self, video_id: str, fence: int, progress: int, *, headway: bool = False) -> Video:
+        first = {"attempt": 1, "lapses": 0} if headway else {}
+        return await self._write(video_id, fence, lambda _: {"progress": progress, **first})
 
     async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
         return await self._write(video_id, fence, lambda _: {"request": dict(request)})
@@ -119,7 +123,7 @@ class SqlVideoStore:
 
     async def requeue(self, video_id: str, fence: int, *, count_attempt: bool = True) -> Video:
         def changes(video: Video) -> dict[str, Any]:
-            if count_attempt and video.attempt >= self._max_attempts:
+            if count_attempt and video.attempt - video.lapses >= self._max_attempts:
                 return self._exhausted(video)
             attempt = video.attempt if count_attempt else video.attempt - 1
             return {"status": VideoStatus.QUEUED, "attempt": attempt, "runner_id": None, "lease_until": None}
@@ -154,9 +158,14 @@ class SqlVideoStore:
                 before = self._once(connection, created, idempotency)
                 if before is not None:
                     return before
-            if created.owner is not None:
-                check_limits(connection, created.owner, self._clock())
-            connection.execute(insert(_videos), asdict(created))
+            key = locked_key(connection, created.owner)
+            if key is not None:
+                check_limits(connection, key, self._clock())
+            limit = None if key is None else key.max_running
+            held = {} if limit is None else {"priority": created.priority + HELD}
+            connection.execute(insert(_videos), asdict(created) | held)
+            if limit is not None:
+                balance(connection, str(created.owner), limit)
         return created
 
     def _once(self, connection: Connection, video: Video, asked: Idempotency) -> Video | None:
@@ -204,14 +213,16 @@ class SqlVideoStore:
                 if row is None:
                     return None
                 video = self.from_row(row)
+                lapses = video.lapses + (video.status is VideoStatus.IN_PROGRESS)
                 if video.cancel_requested:
                     self._update(connection, video, self._cancelled(video))
-                elif video.attempt >= self._max_attempts:
+                elif lapses >= self._max_lapses or video.attempt - lapses >= self._max_attempts:
                     self._update(connection, video, self._exhausted(video))
                 else:
                     claimed = {
                         "status": VideoStatus.IN_PROGRESS,
                         "attempt": video.attempt + 1,
+                        "lapses": lapses,
                         "fence": video.fence + 1,
                         "runner_id": runner_id,
                         "lease_until": now + lease_seconds,
@@ -283,15 +294,25 @@ class SqlVideoStore:
     def _update(self, connection: Connection, video: Video, changes: dict[str, Any]) -> Video:
         connection.execute(update(_videos).where(_videos.c.id == video.id).values(changes))
         changed = replace(video, **changes)
-        if changed.webhook_url is not None and changed.status.final and not video.status.final:
-            announce(connection, f"video.{changed.status.value}", video.id, changed.webhook_url, self._clock())
+        if changed.status.final and not video.status.final:
+            key = locked_key(connection, video.owner)
+            if key is not None and key.max_running is not None:
+                balance(connection, key.id, key.max_running)
+            kind = f"video.{changed.status.value}"
+            announce_to(
+                connection,
+                kind,
+                video.id,
+                (changed.webhook_url, None if key is None else key.webhook_url),
+                self._clock(),
+            )
         return changed
 
     def _cancelled(self, video: Video) -> dict[str, Any]:
         return self._failed(video, "cancelled", "The video was cancelled.") | {"cancel_requested": True}
 
     def _exhausted(self, video: Video) -> dict[str, Any]:
-        said = f"The video was tried {self._max_attempts} times and never finished."
+        said = f"The video was tried {video.attempt} times and never finished."
         return self._failed(video, "attempts_exhausted", said)
 
     def _failed(self, video: Video, code: str, message: str) -> dict[str, Any]:

@@ -38,11 +38,13 @@ videos = Table(
     Column("batch_line", Integer),
     Column("custom_id", String(512)),
     Column("webhook_url", String(2048)),
+    Column("lapses", Integer, nullable=False, server_default="0"),
     # One index for each half of a claim: both are a seek and one row, however many videos there are.
     Index("videos_queue", "status", "priority", "created_at", "id"),
     Index("videos_leases", "status", "lease_until"),
     Index("videos_owned", "owner", "id"),
-    Index("videos_owned_status", "owner", "status"),
+    # Which of a key's videos may be claimed, and which wait for those to end.
+    Index("videos_owned_queue", "owner", "status", "priority", "created_at", "id"),
     Index("videos_expiry", "expires_at"),
     Index("videos_finished", "status", "completed_at"),
     # Unique, so that lines are put into the queue once however often that is tried.
@@ -133,5 +135,7 @@ keys = Table(
     Column("revoked_at", Float),
     Column("max_per_minute", Integer),
     Column("max_unfinished", Integer),
+    Column("max_running", Integer),
+    Column("webhook_url", String(2048)),
     Index("keys_digest", "digest", unique=True),
 )

@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-
-import numpy as np
+from pathlib import Path
 
 from models.bundle import Bundle, GraphName, Manifest
-from serving.engines.engine import Engine, EngineError
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
-from serving.pipeline.scheduler import Entry, Limits, StepScheduler
+from serving.engines.engine import Engine, EngineError, arrays_of
+from serving.engines.onnx_runtime import CPU
+from serving.engines.opening import Opener
+from serving.pipeline.scheduler import Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
-from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, StepDone
 
-_Event = StepDone | LatentChunk | Exception
+_Event = DenoiseEvent | Exception
 
 
 @dataclass(slots=True, eq=False)
@@ -63,11 +63,12 @@ class EngineDenoiser:
         *,
         threads: int = 1,
         provider: str = CPU,
+        plans: Path | None = None,
         limits: Limits | None = None,
         max_sessions: int = 64,
     ) -> EngineDenoiser:
         names: list[GraphName] = ["denoiser", "denoiser_2"] if bundle.manifest.experts else ["denoiser"]
-        engines = [OnnxRuntimeEngine(bundle.path_of(name), threads=threads, provider=provider) for name in names]
+        engines = Opener(bundle, threads, provider, plans).open(*names)
         second = engines[1] if len(engines) > 1 else None
         return cls(engines[0], bundle.manifest, second=second, limits=limits, max_sessions=max_sessions)
 
@@ -81,7 +82,12 @@ class EngineDenoiser:
         """Rows times tokens times steps that are still to run."""
         return self._scheduler.outstanding_tokens
 
-    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
+    @property
+    def trace(self) -> Sequence[TraceLine]:
+        """What ran in the last engine calls, and who left; a session is a video's id and a number."""
+        return self._scheduler.trace
+
+    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
         """Raises `EngineError` when a call that held this video failed, `ValueError` when no call could hold it."""
         async with self._free:
             id, events = self._open(request)
@@ -106,24 +112,25 @@ class EngineDenoiser:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
-        session = open_session(self._manifest, request)
+        session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
+        id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
         self._scheduler.add(
             Entry(
-                id=self._opened,
+                id=id,
                 shape=_group(session),
                 rows=session.rows,
                 tokens_per_row=session.tokens_per_row,
-                steps=session.calls,
+                steps=session.calls - session.calls_done,
             )
         )
         # Everything a session can say fits, so the loop never waits for a slow reader.
-        events: asyncio.Queue[_Event] = asyncio.Queue(session.calls + session.chunks + 1)
-        self._places[self._opened] = _Place(session, events)
+        events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
+        self._places[id] = _Place(session, events)
         if self._loop is None:
             self._loop = asyncio.create_task(self._run(), name="denoiser")
         self._work.set()
-        return self._opened, events
+        return id, events
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -142,11 +149,11 @@ class EngineDenoiser:
             for id, place, finished in zip(ids, batch, chunks, strict=True):
                 self._report(id, place, finished)
 
-    def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk]) -> None:
+    def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
         session = place.session
         place.events.put_nowait(StepDone(session.calls_done, session.calls))
-        for chunk in finished:
-            place.events.put_nowait(chunk)
+        for event in finished:
+            place.events.put_nowait(event)
         if session.calls_done < session.calls:
             self._scheduler.reshape(id, _group(session), session.tokens_per_row)
 
@@ -157,11 +164,12 @@ class EngineDenoiser:
             if place := self._places.pop(id, None):
                 place.events.put_nowait(error)
 
-    def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk]]:
+    def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk | SamplerState]]:
         """One engine call for all of `batch`, in the engine's thread; returns what each session finished."""
         fed = [session.feeds() for session in batch]
         engine = self._engines[batch[0].graph]
-        outputs = engine.run({name: np.concatenate([feeds[name] for feeds in fed]) for name in fed[0]})
+        join = arrays_of(engine).join
+        outputs = engine.run({name: join([feeds[name] for feeds in fed]) for name in fed[0]})
         finished, row = [], 0
         for session in batch:
             rows = slice(row, row + session.rows)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, Manifest
 from serving.engines.engine import Engine
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.opening import NATIVE
 
 
 class EngineEncoder:
@@ -26,9 +27,10 @@ class EngineEncoder:
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU) -> EngineEncoder | None:
-        """None when the bundle can't encode."""
+        """None when the bundle can't encode. It has no plans: where others have, it is on the CPU."""
         if not bundle.manifest.encodes:
             return None
+        provider = CPU if provider in NATIVE else provider
         return cls(
             OnnxRuntimeEngine(bundle.path_of("encoder_first"), threads=threads, provider=provider),
             OnnxRuntimeEngine(bundle.path_of("encoder_next"), threads=threads, provider=provider),

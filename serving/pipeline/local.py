@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
@@ -45,14 +46,20 @@ class LocalPipeline:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, limits: Limits | None = None
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int = 1,
+        provider: str = CPU,
+        plans: Path | None = None,
+        limits: Limits | None = None,
     ) -> LocalPipeline:
         """Load the engines. `threads` is for each engine's calls; raises `EngineError` for one that can't be loaded."""
         return cls(
             bundle,
-            EngineTextEncoder.open(bundle, threads=threads, provider=provider),
-            EngineDenoiser.open(bundle, threads=threads, provider=provider, limits=limits),
-            EngineDecoder.open(bundle, threads=threads, provider=provider),
+            EngineTextEncoder.open(bundle, threads=threads, provider=provider, plans=plans),
+            EngineDenoiser.open(bundle, threads=threads, provider=provider, plans=plans, limits=limits),
+            EngineDecoder.open(bundle, threads=threads, provider=provider, plans=plans),
             OnnxRewriter.open(bundle),
             EngineCaptioner.open(bundle),
             EngineEncoder.open(bundle, threads=threads, provider=provider),

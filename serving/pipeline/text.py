@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from models.bundle import Bundle, TextInfo
 from serving.engines.engine import Engine, EngineError
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.onnx_runtime import CPU
+from serving.engines.opening import Opener
 from serving.pipeline.stages import TextEmbedding
 
 PAD_ID = 0
@@ -50,9 +51,15 @@ class EngineTextEncoder:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, *, threads: int = 1, provider: str = CPU, cache_bytes: int = 64 << 20
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int = 1,
+        provider: str = CPU,
+        plans: Path | None = None,
+        cache_bytes: int = 64 << 20,
     ) -> EngineTextEncoder:
-        engine = OnnxRuntimeEngine(bundle.path_of("text_encoder"), threads=threads, provider=provider)
+        (engine,) = Opener(bundle, threads, provider, plans).open("text_encoder")
         return cls(engine, bundle.tokenizer, bundle.manifest.text, cache_bytes=cache_bytes)
 
     @property

@@ -196,9 +196,7 @@ def test_closing_a_stream_does_not_cancel_the_video(client: httpx.Client) -> Non
 
 
 def test_cancelling_reaches_the_denoiser(running: RunningService, client: httpx.Client, tiny_bundle: Bundle) -> None:
-    from ray import serve
-
-    denoiser = serve.get_deployment_handle("tiny-denoiser", "rushes")
+    denoiser = running.service.fleet.stage("tiny", "denoiser")
     limits = tiny_bundle.manifest.limits
     long = {"prompt": "a ball", "num_inference_steps": limits.max_steps, "seconds": limits.max_seconds}
     long["size"] = f"{limits.max_side}x{limits.max_side}"

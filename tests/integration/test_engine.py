@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import onnxruntime
 import pytest
 
 from models.bundle import Bundle
+from serving.engines import onnx_runtime
 from serving.engines.engine import Array, EngineError
-from serving.engines.onnx_runtime import OnnxRuntimeEngine
+from serving.engines.onnx_runtime import CPU, CUDA, TENSORRT, OnnxRuntimeEngine, context_file, providers
+from serving.engines.opening import Opener
 
 
 @pytest.fixture
@@ -80,13 +83,68 @@ def test_a_provider_that_is_not_in_use_is_an_error_and_not_the_cpu(first: Path) 
     """onnxruntime itself only writes a line to stderr and goes on, on the CPU."""
     with pytest.raises(EngineError, match="this onnxruntime has no ImaginaryExecutionProvider"):
         OnnxRuntimeEngine(first, provider="ImaginaryExecutionProvider")
-    cuda = "CUDAExecutionProvider"
-    if cuda not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime was built without CUDA")
+
+
+@pytest.mark.parametrize("provider", [CUDA, TENSORRT])
+def test_a_gpu_that_is_not_there_is_an_error_and_not_the_cpu(
+    provider: str, first: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if provider not in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime was built without {provider}")
     try:
-        onnxruntime.InferenceSession(str(first), providers=[cuda]).get_providers().index(cuda)
+        onnxruntime.InferenceSession(str(first), providers=[provider]).get_providers().index(provider)
     except ValueError:
-        with pytest.raises(EngineError, match="CUDAExecutionProvider was asked for but did not start"):
-            OnnxRuntimeEngine(first, provider=cuda)
+        pass
     else:
-        OnnxRuntimeEngine(first, provider=cuda)
+        pytest.skip("there is a GPU: tests/gpu runs on it")
+    capfd.readouterr()
+    with pytest.raises(EngineError, match=f"{provider}") as caught:
+        OnnxRuntimeEngine(first, provider=provider, context_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "allback" not in capfd.readouterr().out
+
+
+def test_what_is_asked_of_the_gpu_providers(tmp_path: Path) -> None:
+    exact = (CUDA, {"use_tf32": "0"})
+    assert providers(CUDA) == [exact]
+    assert providers(CPU) == [CPU]
+    context = context_file(Path("denoiser.onnx"), tmp_path / "plans")
+    assert context.name == f"denoiser-ort{onnxruntime.__version__}_ctx.onnx"
+    (name, options), second = providers(TENSORRT, context)
+    assert (name, second) == (TENSORRT, exact)
+    assert options["trt_ep_context_file_path"] == str(context)  # type: ignore[index]
+    # The engine is there: it is loaded as it is.
+    context.write_bytes(b"")
+    assert providers(TENSORRT, context) == [(TENSORRT, {}), exact]
+
+
+def test_nodes_that_a_provider_leaves_to_the_cpu_are_named(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in another provider's clothes: everything is left to it."""
+    monkeypatch.setattr(onnx_runtime, "providers", lambda provider, context: [CPU])
+    monkeypatch.setattr(onnx_runtime.ort, "get_available_providers", lambda: ["Imagined", CPU])
+
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def get_providers(self) -> list[str]:
+            return ["Imagined", CPU]
+
+    monkeypatch.setattr(onnx_runtime.ort, "InferenceSession", Session)
+    with pytest.raises(EngineError, match=r"decoder_first.onnx: Imagined leaves .*Conv.* to the CPU") as caught:
+        OnnxRuntimeEngine(first, provider="Imagined")
+    assert "Shape" not in str(caught.value)
+
+
+def test_a_graph_that_is_not_the_manifests_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    graphs = tiny_bundle.manifest.graphs
+    swapped = graphs | {
+        "decoder_first": graphs["decoder_first"].model_copy(update={"inputs": graphs["denoiser"].inputs})
+    }
+    wrong = Bundle(tiny_bundle.root, tiny_bundle.manifest.model_copy(update={"graphs": swapped}), tiny_bundle.digest)
+    with pytest.raises(EngineError, match=r"decoder_first.onnx: its inputs aren't those in the manifest of .*: export"):
+        Opener(wrong).open("decoder_first")
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_plans_need_tensorrt_and_a_gpu(name: str, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(EngineError, match=f"decoder_first: {name} can't be imported .*: pip install"):
+        Opener(tiny_bundle, provider=name).open("decoder_first", "decoder_next")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from receiver import SECRET
 from service import Service, assert_envelope
 from sqlalchemy import text
 from typer.testing import CliRunner
@@ -16,9 +18,12 @@ from typer.testing import CliRunner
 from models.bundle import Bundle
 from serving.cli import app
 from serving.config import ServiceConfig
+from serving.jobs.batches import Batch, BatchStatus, BatchStore, new_batch_id
 from serving.jobs.database import Database
 from serving.jobs.keys import KeyStore, LimitReached
-from serving.jobs.store import Idempotency, SqlVideoStore, Video, new_video_id
+from serving.jobs.outbox import Outbox
+from serving.jobs.store import Idempotency, SqlVideoStore, Video, VideoStatus, new_video_id
+from serving.jobs.video import BATCH
 
 
 @pytest.fixture
@@ -146,6 +151,103 @@ async def test_the_rate_of_a_key_is_limited(database: Database, monkeypatch: pyt
         await ask()
 
 
+def video_of(owner: str | None, **changes: Any) -> Video:
+    return Video(new_video_id(), "mini", "a ball", "2", "128x128", owner=owner, **changes)
+
+
+async def claim_all(store: SqlVideoStore) -> list[Video]:
+    claimed = []
+    while (video := await store.claim("runner", 60)) is not None:
+        claimed.append(video)
+    return claimed
+
+
+async def test_only_so_many_of_a_key_run_at_a_time(database: Database) -> None:
+    key, _ = KeyStore(database).create("dailies", max_running=2)
+    store = SqlVideoStore(database)
+    mine = [(await store.create(video_of(key.id))).id for _ in range(5)]
+    other = (await store.create(video_of(None))).id
+    running = await claim_all(store)
+    assert [video.id for video in running] == [*mine[:2], other], "the rest waits, and stands in nobody's way"
+    await store.complete(running[0].id, running[0].fence)
+    assert [video.id for video in await claim_all(store)] == [mine[2]]
+    requeued = await store.requeue(running[1].id, running[1].fence)
+    assert [video.id for video in await claim_all(store)] == [requeued.id], "it keeps its place"
+    await store.request_cancel(mine[3])
+    assert await claim_all(store) == []
+    third = await store.get(mine[2])
+    assert third is not None
+    await store.fail(third.id, third.fence, "generation_failed", "out of memory")
+    assert [video.id for video in await claim_all(store)] == [mine[4]]
+
+
+async def test_what_matters_more_runs_first_within_a_key(database: Database) -> None:
+    key, _ = KeyStore(database).create("dailies", max_running=1)
+    store = SqlVideoStore(database)
+    batches = BatchStore(database, store)
+    lines = [video_of(key.id, priority=BATCH, batch_id="batch_1", batch_line=n) for n in range(3)]
+    batches.add_videos(lines)
+    batches.add_videos(lines)
+    interactive = await store.create(video_of(key.id))
+    (running,) = await claim_all(store)
+    assert running.id == interactive.id
+    for line in lines:
+        await store.complete(running.id, running.fence)
+        (running,) = await claim_all(store)
+        assert running.id == line.id
+
+
+async def test_many_at_once_leave_the_limit_as_it_is(database: Database) -> None:
+    key, _ = KeyStore(database).create("dailies", max_running=3)
+    store = SqlVideoStore(database)
+
+    async def work() -> int:
+        done = 0
+        while (video := await store.claim("runner", 60)) is not None:
+            assert await running() <= 3
+            await store.complete(video.id, video.fence)
+            done += 1
+        return done
+
+    async def running() -> int:
+        page = await store.list(owner=key.id, limit=100)
+        return sum(video.status is VideoStatus.IN_PROGRESS for video in page.videos)
+
+    created = await asyncio.gather(*(store.create(video_of(key.id)) for _ in range(20)))
+    cancelled = await asyncio.gather(*(store.request_cancel(video.id) for video in created[::4]))
+    assert {video.status for video in cancelled} == {VideoStatus.FAILED}
+    done = await asyncio.gather(*(work() for _ in range(6)))
+    assert sum(done) + await work() == 15
+
+
+async def test_a_key_is_told_of_every_end_of_its_own(database: Database) -> None:
+    hook = "https://example.com/hook"
+    key, _ = KeyStore(database).create("dailies", webhook_url=hook)
+    store = SqlVideoStore(database)
+    batches = BatchStore(database, store)
+    video = await store.create(video_of(key.id, webhook_url="https://example.com/other"))
+    same = await store.create(video_of(key.id, webhook_url=hook))
+    foreign = await store.create(video_of(None))
+    for one in (video, same, foreign):
+        await store.request_cancel(one.id)
+    batch = Batch(new_batch_id(), key.id, "/v1/videos", "file-1", "24h", 1000.0, 2000.0)
+    await batches.create(batch)
+    await batches.change(batch.id, (BatchStatus.VALIDATING,), status=BatchStatus.FAILED)
+    outbox = Outbox(database)
+    told = []
+    while (delivery := await outbox.claim()) is not None:
+        event = json.loads(delivery.payload)
+        told.append((event["type"], event["data"]["id"], delivery.url))
+    assert sorted(told) == sorted(
+        [
+            ("video.failed", video.id, "https://example.com/other"),
+            ("video.failed", video.id, hook),
+            ("video.failed", same.id, hook),
+            ("batch.failed", batch.id, hook),
+        ]
+    )
+
+
 def test_a_key_is_not_in_the_database(database: Database) -> None:
     _, secret = KeyStore(database).create("dailies")
     with database.read() as connection:
@@ -187,5 +289,12 @@ def test_the_commands(tmp_path: Path) -> None:
     assert rushes("revoke", key_id).exit_code == 0
     assert rushes("list").stdout.split()[1] == "revoked"
     assert rushes("revoke", "key_0").exit_code == 2
+    refused = rushes("create", "dailies", "--webhook-url", "https://example.com/hook")
+    assert (refused.exit_code, "webhooks.secret" in refused.stderr) == (2, True)
+    config.write_text(f"data_dir: {tmp_path / 'data'}\nwebhooks: {{secret: {SECRET}}}\n")
+    refused = rushes("create", "dailies", "--webhook-url", "http://127.0.0.1/hook")
+    assert (refused.exit_code, "can't be called" in refused.stderr) == (2, True)
+    limited = rushes("create", "more", "--running", "2", "--webhook-url", "https://example.com/hook")
+    assert limited.exit_code == 0, limited.output
     upgraded = CliRunner().invoke(app, ["db", "upgrade", "--config", str(config)])
     assert upgraded.stdout.startswith("schema 0")

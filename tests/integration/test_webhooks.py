@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import openai
 import pytest
+from receiver import SECRET, Receiver
 
 from serving.api.creation import WebhookPolicy
 from serving.api.errors import ApiError
@@ -20,43 +19,6 @@ from serving.jobs.database import Database
 from serving.jobs.outbox import Outbox
 from serving.jobs.store import SqlVideoStore, Video, new_video_id
 from serving.jobs.targets import BadTarget, resolve
-
-SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-
-
-class Receiver:
-    """An HTTP server that keeps what it is sent, and answers with the next of `answers`, else 204."""
-
-    def __init__(self) -> None:
-        self.received: list[tuple[dict[str, str], bytes]] = []
-        self.answers: list[tuple[int, dict[str, str]]] = []
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                receiver.received.append(({name.lower(): value for name, value in self.headers.items()}, body))
-                status, headers = receiver.answers.pop(0) if receiver.answers else (204, {})
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://localhost:{self.server.server_port}/hook?team=dailies"
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    opened = Receiver()
-    thread = threading.Thread(target=opened.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield opened
-    opened.server.shutdown()
-    opened.server.server_close()
-    thread.join()
 
 
 class Clock:
