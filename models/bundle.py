@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from models.cost import CostInfo
 from models.diffusion import BetaSchedule, Spacing
 from models.samplers import VARIANCE_PRESERVING, SamplerName, SamplerTable, build_table
 from models.window import ContextWindow
@@ -314,6 +315,7 @@ class Manifest(_Strict):
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
     proof: ProofInfo | None = Field(default=None, description="None: exported without verification.")
+    cost: CostInfo | None = Field(default=None, description="What it takes; None: never measured.")
 
     @property
     def encodes(self) -> bool:
