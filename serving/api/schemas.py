@@ -99,6 +99,9 @@ class EditVideoRequest(RemixVideoRequest):
     """The body of `POST /v1/videos/edits`, beside the `video` itself."""
 
     model: str | None = Field(default=None, description="For an uploaded video; else it is the video's own.")
+    size: str | None = Field(
+        default=None, description="For an uploaded video, which is cut to cover it; else it is the video's own."
+    )
 
 
 class ExtendVideoRequest(EditVideoRequest):

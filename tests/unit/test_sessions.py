@@ -13,7 +13,7 @@ from models.bundle import CausalInfo, GraphInfo, LatentInfo, LimitsInfo, Manifes
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import Session, open_session, skipped_steps
+from serving.pipeline.sessions import GOES_ON_STRENGTH, PICTURE_STRENGTH, Session, open_session, skipped_steps
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
 
 MANIFEST = Manifest(
@@ -197,7 +197,9 @@ def test_given_frames_stay_as_they_are_and_the_rest_is_made(manifest: Manifest, 
     assert latents.shape == (4, 9, 4, 4)
     np.testing.assert_array_equal(latents[:, :given], asked.source)
     # A given chunk takes one call: the one that the chunks after it look back on.
-    saved = 8 * (given // 3) if manifest.rollout == "causal" else 0
+    saved = 8 * (given // 3)
+    if manifest.rollout == "bidirectional":
+        saved = skipped_steps(8, GOES_ON_STRENGTH if given > 1 else PICTURE_STRENGTH)
     assert plain.calls - expected == saved
     indices = [chunk.index for _, chunks in made for chunk in chunks]
     assert indices == [0, 1, 2]
@@ -217,6 +219,14 @@ def test_given_frames_are_seen_at_the_noise_level_of_the_step(manifest: Manifest
             given = feeds["latents"][0, :, :4]
             mean = (1 - sigma) * (0.5 + np.arange(4))
             np.testing.assert_allclose(given.mean((0, 2, 3)), mean, atol=3 * sigma / 8 + 0.01)
+
+
+def test_a_continuation_begins_near_the_last_frame_that_is_given() -> None:
+    first = open_session(WHOLE, begun(WHOLE, 4, value=9.0)).feeds()
+    sigma = float(first["timestep"][0]) / 1000
+    assert sigma < 0.9
+    mean = (1 - sigma) * (9.0 + np.minimum(np.arange(9), 3))
+    np.testing.assert_allclose(first["latents"][0].mean((0, 2, 3)), mean, atol=3 * sigma / 8 + 0.01)
 
 
 @pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
