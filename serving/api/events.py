@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -33,6 +34,9 @@ _LOOK_SECONDS = 0.25
 _HEARTBEAT_SECONDS = 10.0
 # Events that were made and not yet sent: a client that doesn't read is waited for.
 _WAITING = 4
+_EVENT_ID = "[0-9]{0,9}"
+# Checked by hand, so that the answer names the header as it is spelt.
+LastEventId = Annotated[str, Header(json_schema_extra={"pattern": f"^{_EVENT_ID}$"})]
 _DOCUMENT: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "`queued`, `started`, `progress`, `chunk`, and at last `completed` or `failed`.",
@@ -45,10 +49,8 @@ def events_router(storage: Storage, queue: VideoQueue, estimates: Estimates) -> 
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.get("/{video_id}/events", response_class=Response, responses=_DOCUMENT)
-    async def video_events(
-        video_id: str, owner: Owner, last_event_id: Annotated[str | None, Header()] = None
-    ) -> Response:
-        if last_event_id and not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 10):
+    async def video_events(video_id: str, owner: Owner, last_event_id: LastEventId = "") -> Response:
+        if not re.fullmatch(_EVENT_ID, last_event_id):
             message = "Last-Event-ID must be the id of an event of this video."
             raise ApiError(400, message, param="Last-Event-ID", code="invalid_value")
         watch = Watch(storage, await queue.existing(video_id, owner))

@@ -13,7 +13,7 @@ from serving.api.auth import Owner
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.queueing import VideoQueue
-from serving.api.watching import Shown, Watch, failed
+from serving.api.watching import Shown, Watch, nothing_to_show
 from serving.jobs.storage import Storage
 from serving.media.fmp4 import codec_string
 from serving.media.hls import INIT, MEDIA_PLAYLIST, Timeline, media_playlist, multivariant_playlist
@@ -114,7 +114,7 @@ async def _begun(watch: Watch) -> Shown:
     if shown.entries:
         return shown
     if shown.end is not None:
-        raise failed(shown.end)
+        raise nothing_to_show(shown.end)
     raise ApiError(503, "The video has not begun yet.", code="video_not_ready", headers={"Retry-After": "2"})
 
 

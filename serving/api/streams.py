@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from serving.api.auth import Owner
 from serving.api.errors import ApiError
 from serving.api.queueing import VideoQueue
-from serving.api.watching import Watch, failed, stream_headers, stream_response
+from serving.api.watching import Watch, nothing_to_show, stream_headers, stream_response
 from serving.jobs.fragment_log import LogFailed
 from serving.jobs.storage import Storage
 from serving.media.pixels import decode_fragment, describe
@@ -59,7 +59,7 @@ async def _pixels_response(watch: Watch, from_fragment: int, format: StreamForma
     shown = await watch.wait_for(1, _FIRST_FRAGMENT_SECONDS)
     if not shown.entries:
         if shown.end is not None:
-            raise failed(shown.end)
+            raise nothing_to_show(shown.end)
         raise ApiError(503, "The video has not begun yet.", code="video_not_ready", headers={"Retry-After": "5"})
     picture = describe(await watch.init(), await watch.fragment(0))
     about = {"X-Video-Width": picture.width, "X-Video-Height": picture.height, "X-Video-Fps": picture.fps}

@@ -58,13 +58,16 @@ class Watch:
         return Shown(entries, end or in_store)
 
     async def end_in_store(self) -> LogEnd | None:
-        """A video can fail without anybody writing to its log: cancelled in the queue, or after its last attempt."""
+        """A video can fail without anybody writing to its log: cancelled in the queue, or after its last attempt.
+
+        And a log can be lost, but a completed video's never grows.
+        """
         video = await self._store.get(self.video.id)
         if video is None or video.deleted_at is not None:
             return LogEnd("video_deleted", "The video is gone.")
         if video.status is VideoStatus.FAILED:
             return LogEnd(video.error_code or "failed", video.error_message or "The video failed.")
-        return None
+        return LogEnd() if video.status is VideoStatus.COMPLETED else None
 
     async def fragment(self, index: int) -> bytes:
         return await asyncio.to_thread(self.log.fragment, index)
@@ -73,8 +76,10 @@ class Watch:
         return await asyncio.to_thread(self.log.init)
 
 
-def failed(end: LogEnd) -> ApiError:
-    """The answer when there is nothing to show of a video that failed."""
+def nothing_to_show(end: LogEnd) -> ApiError:
+    """The answer for a video that ended without a fragment."""
+    if end.error_code is None:
+        return ApiError(404, "The video's fragments are gone.", param="video_id", code="not_found")
     return ApiError(400, f"The video failed: {end.error_message}", param="video_id", code="video_failed")
 
 

@@ -145,6 +145,15 @@ async def test_nothing_to_show_of_a_video_that_failed_at_once(client: httpx.Asyn
         assert_envelope(await client.get(f"/v1/videos/{making.id}/{path}"), 400, "video_id")
 
 
+async def test_a_completed_video_whose_fragments_are_lost_keeps_nobody_waiting(
+    service: Service, client: httpx.AsyncClient, making: Making
+) -> None:
+    await service.store.complete(making.id, making.video.fence)
+    assert (await client.get(f"/v1/videos/{making.id}/stream")).content == b""
+    assert_envelope(await client.get(f"/v1/videos/{making.id}/hls/media.m3u8"), 404, "video_id")
+    assert "event: completed" in (await client.get(f"/v1/videos/{making.id}/events")).text
+
+
 @pytest.mark.parametrize(
     ("path", "status", "param"),
     [
