@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from export import captioner, parity
+from export.lora import Adapter, merge
 from export.onnx import OPSET, ExportError, WeightFile, export_graph
 from export.proof import prove
 from export.settings import CheckpointSettings
@@ -41,25 +43,35 @@ def export_checkpoint(
     progress: Progress = lambda line: None,
     *,
     verify: bool = True,
+    adapters: Sequence[Adapter] = (),
 ) -> Bundle:
     """Export a diffusers directory, prove the bundle equal to it unless told not to, and put it at `output`.
 
-    A bundle that is already there is replaced. `progress` gets one line a step. Raises `ExportError`; then `output` is
-    as it was before: the work happens in a sibling directory that is renamed at the end.
+    `adapters` are merged into its denoisers first. A bundle that is already there is replaced. `progress` gets one line
+    a step. Raises `ExportError`; then `output` is as it was before: the work happens in a sibling directory that is
+    renamed at the end.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_place(output)
     settings = CheckpointSettings.load(checkpoint)
-    plan = settings.plan(checkpoint)
+    plan = replace(settings.plan(checkpoint), lazily=not verify and not adapters)
     progress(f"Loading {checkpoint}")
     try:
         family = open_checkpoint(checkpoint, plan)
+        # Here, since later it would be said after minutes of work.
+        settings.sampler_info(family.scheduler)
+        merged = tuple([merge(adapter, family.transformers, family.lora_loader) for adapter in adapters])
         graphs = family.graphs(plan)
     except (UnsupportedCheckpointError, OSError) as error:
         raise ExportError(str(error)) from error
     extras = SmallModels.of(checkpoint, family)
     with replaced(output) as folder:
-        _write(family, graphs, extras, settings, plan, folder, progress, verify)
+        manifest = _write(family, graphs, extras, settings, plan, folder, progress, verify)
+        manifest = manifest.model_copy(update={"adapters": merged})
+        if verify:
+            progress("Comparing a whole video")
+            manifest = manifest.model_copy(update={"proof": prove(family, graphs, manifest, folder)})
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
     return Bundle.load(output)
 
 
@@ -72,7 +84,8 @@ def _write(
     folder: Path,
     progress: Progress,
     verify: bool,
-) -> None:
+) -> Manifest:
+    """Every file but the manifest, which is returned."""
     weights: dict[str, WeightFile] = {}
     infos: dict[GraphName, GraphInfo] = {}
     for graph in (*graphs, *extras.graphs):
@@ -93,7 +106,7 @@ def _write(
             layers=layers,
             dim=dim,
         )
-    manifest = Manifest(
+    return Manifest(
         name=str(settings.name),
         family=family.name,
         rollout=settings.rollout,
@@ -113,10 +126,6 @@ def _write(
         },
         versions={name: version(name) for name in LIBRARIES} | {"opset": str(OPSET)},
     )
-    if verify:
-        progress("Comparing a whole video")
-        manifest = manifest.model_copy(update={"proof": prove(family, graphs, manifest, folder)})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 def _graph(graph: Graph, weights: WeightFile, folder: Path, progress: Progress, verify: bool) -> GraphInfo:

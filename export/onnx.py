@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from models.bundle import TensorInfo
@@ -26,6 +27,8 @@ OPSET = 20
 EXTERNAL_BYTES = 1024
 # ONNX Runtime maps an initialiser straight from the file when it starts on a page.
 ALIGNMENT = 4096
+# So many values of a tensor are looked at before all of them are.
+_PROBE = 4096
 
 
 class ExportError(RuntimeError):
@@ -40,30 +43,74 @@ class WeightFile:
         self._places: dict[bytes, tuple[int, int]] = {}
         self._end = 0
 
-    def add(self, data: bytes) -> tuple[int, int]:
+    def add(self, data: bytes | memoryview) -> tuple[int, int]:
         """Store bytes; returns their offset and length."""
-        key = hashlib.sha256(data).digest()
+        key, size = hashlib.sha256(data).digest(), len(data)
         if key not in self._places:
             with self.path.open("ab") as file:
-                file.write(b"\0" * (-self._end % ALIGNMENT if len(data) >= ALIGNMENT else -self._end % 64))
+                file.write(b"\0" * (-self._end % ALIGNMENT if size >= ALIGNMENT else -self._end % 64))
                 offset = file.tell()
                 file.write(data)
                 self._end = file.tell()
-            self._places[key] = (offset, len(data))
+            self._places[key] = (offset, size)
         return self._places[key]
+
+    def add_array(self, array: NDArray[Any]) -> tuple[int, int, bool]:
+        """Store an array's little-endian bytes; the third value says that they are fp16 where fp32 was given.
+
+        That is done where it loses nothing: a checkpoint saved in fp16 makes a bundle of the same size.
+        """
+        array = np.ascontiguousarray(array)
+        half = array.dtype == np.float32 and _fits_half(array.reshape(-1)[:_PROBE]) and _fits_half(array)
+        if half:
+            array = array.astype(np.float16)
+        raw: Any = array.reshape(-1).view(np.uint8)
+        return *self.add(memoryview(raw)), half
 
 
 def export_graph(graph: Graph, weights: WeightFile) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
     """Write `graph.file` beside its weight file; returns its inputs and outputs. Raises `ExportError`."""
-    with TemporaryDirectory(dir=weights.path.parent) as scratch:
-        raw = Path(scratch) / "graph.onnx"
-        _trace(graph).save(raw, external_data=True)
-        # Without the weights: a model above 2 GiB doesn't fit into one protobuf.
-        model = onnx.load(raw, load_external_data=False)
-        clean(model)
-        move_weights(model, raw.parent, weights)
+    program = _trace(graph).model
+    halved = _store(program, graph, weights)
+    # Without the weights, which are in their file by now: no protobuf holds more than 2 GiB.
+    model = onnx_ir.to_proto(program)
+    clean(model)
+    _widen(model, halved)
     onnx.save(model, weights.path.parent / graph.file)
     return _tensors(model.graph.input), _tensors(model.graph.output)
+
+
+def _store(program: Any, graph: Graph, weights: WeightFile) -> set[str]:
+    """Write each large initialiser straight from torch's memory, or from the checkpoint's file if it is only there.
+
+    Returns the names of those that are kept in fp16.
+    """
+    halved = set()
+    missing = set(graph.stored.places.values()) if graph.stored is not None else set()
+    for name, value in program.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < EXTERNAL_BYTES:
+            continue
+        array = tensor.numpy()
+        if graph.stored is not None:
+            try:
+                found = graph.stored.find(array)
+            except (OSError, ValueError) as error:
+                raise ExportError(f"The {graph.name} can't be exported without verification: {error}.") from error
+            if found is not None:
+                missing.discard(found[0])
+                array = found[1]
+        offset, length, half = weights.add_array(array)
+        if half:
+            halved.add(name)
+        value.const_value = onnx_ir.ExternalTensor(
+            weights.path.name, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=weights.path.parent
+        )
+    if missing:
+        raise ExportError(
+            f"The {graph.name} can't be exported without verification: it lost the weight {min(missing)}."
+        )
+    return halved
 
 
 def _trace(graph: Graph) -> Any:
@@ -108,37 +155,43 @@ def clean(model: onnx.ModelProto) -> None:
 
 
 def move_weights(model: onnx.ModelProto, folder: Path, weights: WeightFile) -> None:
-    """Large initialisers go to the weight file: as fp16 with a Cast where that loses nothing; ORT folds it on loading.
-
-    A checkpoint saved in fp16 thus makes a bundle of the same size that still computes in fp32.
-    """
-    casts = []
+    """The large initialisers of a graph that was saved in `folder` go to the weight file."""
+    halved = set()
     for tensor in model.graph.initializer:
         data = _bytes_of(tensor, folder)
         if data is None:
             continue
         if tensor.data_type == TensorProto.FLOAT:
-            exact = np.frombuffer(data, np.float32)
-            with np.errstate(over="ignore"):
-                half = exact.astype(np.float16)
-            if np.array_equal(half.astype(np.float32), exact):
-                data = half.tobytes()
-                casts.append(
-                    helper.make_node(
-                        "Cast", [f"{tensor.name}.fp16"], [tensor.name], f"{tensor.name}.cast", to=TensorProto.FLOAT
-                    )
-                )
-                tensor.name = f"{tensor.name}.fp16"
-                tensor.data_type = TensorProto.FLOAT16
-        offset, length = weights.add(data)
+            offset, length, half = weights.add_array(np.frombuffer(data, np.float32))
+            if half:
+                halved.add(tensor.name)
+        else:
+            offset, length = weights.add(data)
         tensor.ClearField("raw_data")
         del tensor.external_data[:]
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", weights.path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
+    _widen(model, halved)
+
+
+def _widen(model: onnx.ModelProto, halved: set[str]) -> None:
+    """A Cast for each weight that is kept in fp16, so that the graph computes in fp32; ORT folds it on loading."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.name not in halved:
+            continue
+        name, tensor.name = tensor.name, f"{tensor.name}.fp16"
+        tensor.data_type = TensorProto.FLOAT16
+        casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}.cast", to=TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def _fits_half(array: NDArray[np.float32]) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(array.astype(np.float16).astype(np.float32), array)
 
 
 def _bytes_of(tensor: Any, folder: Path) -> bytes | None:

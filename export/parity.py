@@ -21,7 +21,8 @@ from models.graph import Graph
 TOLERANCE = 1e-4
 # `frames` are integers: a value near a half may round either way.
 LEVELS = 1.0
-# Latent frames a chunk, and (batch, height, width) in latent cells: one, two, three and nine frames at two sizes.
+# Latent frames (or groups of them) a chunk, and (batch, height, width) in latent cells: one, two, three and nine frames
+# at two sizes.
 CHUNKINGS = ((1,), (2,), (1, 2), (3, 3, 3), (1, 8))
 SIZES = ((1, 4, 6), (2, 3, 2))
 
@@ -68,25 +69,33 @@ def graph_errors(graph: Graph, session: Any) -> Errors:
 
 
 def stream(
-    first: Any, following: Any, latents: Tensor, chunks: Sequence[int], *, whole_first: bool = False
+    first: Any, following: Any, latents: Tensor, chunks: Sequence[int], *, opening: int = 1, noise: Tensor | None = None
 ) -> Iterator[NDArray[Any]]:
     """Decode normalised latents chunk by chunk through two sessions; yields each call's `pixels`.
 
-    `whole_first`: the first call takes the whole first chunk, as for an overlapped decoder, instead of one frame.
+    `opening` is how many latent frames the first call takes: for an overlapped decoder, the whole first chunk. `noise`,
+    like the latents, is for decoders that take some; by default it is none at all.
     """
+    wants_noise = any(given.name == "noise" for given in first.get_inputs())
+    noise = torch.zeros_like(latents) if noise is None else noise
+
+    def feeds(part: slice) -> dict[str, NDArray[Any]]:
+        given = {"latents": latents, "noise": noise} if wants_noise else {"latents": latents}
+        return {name: value[:, :, part].contiguous().numpy() for name, value in given.items()}
+
     caches = [output.name for output in first.get_outputs() if output.name.startswith("cache_")]
     state: dict[str, Any] = {}
     start = 0
     for chunk in chunks:
         stop = start + chunk
         if start == 0:
-            start = stop if whole_first else 1
-            pixels, *values = first.run(["pixels", *caches], {"latents": latents[:, :, :start].contiguous().numpy()})
+            start = opening
+            pixels, *values = first.run(["pixels", *caches], feeds(slice(start)))
             state = dict(zip(caches, values, strict=True))
             yield pixels
         if start < stop:
-            feeds = {"latents": latents[:, :, start:stop].contiguous().numpy(), **state}
-            pixels, *values = following.run(["pixels", *(f"next_{name}" for name in caches)], feeds)
+            outputs = ["pixels", *(f"next_{name}" for name in caches)]
+            pixels, *values = following.run(outputs, feeds(slice(start, stop)) | state)
             state = dict(zip(caches, values, strict=True))
             yield pixels
         start = stop
@@ -96,12 +105,14 @@ def streaming_error(family: Family, first: Any, following: Any) -> float:
     """The largest absolute error of streamed decoding against decoding of the whole. Raises `ExportError`."""
     random = torch.Generator().manual_seed(4)
     worst = 0.0
+    latent = family.latent
     for batch, height, width in SIZES:
-        for chunks in CHUNKINGS:
-            latents = torch.randn(batch, family.latent.channels, sum(chunks), height, width, generator=random)
+        for groups in CHUNKINGS:
+            chunks = [latent.group * size + (latent.lead if at == 0 else 0) for at, size in enumerate(groups)]
+            latents = torch.randn(batch, latent.channels, sum(chunks), height, width, generator=random)
             with torch.no_grad():
                 whole = family.decode(latents).numpy()
-            streamed = np.concatenate(list(stream(first, following, latents, chunks)), axis=2)
+            streamed = np.concatenate(list(stream(first, following, latents, chunks, opening=latent.first)), axis=2)
             worst = max(worst, _distance(streamed, whole)[0])
             if not worst <= TOLERANCE:
                 raise ExportError(f"Decoding in chunks of {chunks} latent frames is off by {worst:.2g} against one go.")
@@ -118,7 +129,7 @@ def seam_error(family: Family, first: Any, following: Any, chunk: int) -> tuple[
     with torch.no_grad():
         whole = family.decode(latents).clamp(-1, 1).numpy()
     together, apart = (
-        _distance(np.concatenate(list(stream(first, following, latents, chunks, whole_first=True)), axis=2), whole)
+        _distance(np.concatenate(list(stream(first, following, latents, chunks, opening=chunks[0])), axis=2), whole)
         for chunks in ((3 * chunk,), (chunk, chunk, chunk))
     )
     if not together[0] <= TOLERANCE:

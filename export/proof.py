@@ -74,13 +74,14 @@ def render(manifest: Manifest, folder: Path) -> tuple[NDArray[np.uint8], Take]:
     take = _take(manifest)
     call = _engines(manifest, folder)
     latents = denoise(call, manifest, take, folder / manifest.text.tokenizer)
-    whole_first = manifest.latent.streaming == "overlapped"
     # What seams cost is measured elsewhere: here an overlapped decoder gets everything at once.
-    chunk = latents.shape[2] if whole_first else manifest.chunk_latent_frames
-    chunks = [chunk] * (latents.shape[2] // chunk) + [latents.shape[2] % chunk] * bool(latents.shape[2] % chunk)
+    exact, frames = manifest.latent.streaming == "exact", latents.shape[2]
+    chunks = [part.stop - part.start for part in manifest.chunks(frames)] if exact else [frames]
     decoders: tuple[GraphName, ...] = ("decoder_first", "decoder_next")
     first, following = (parity.open_session(folder / manifest.graphs[name].file) for name in decoders)
-    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, whole_first=whole_first)
+    opening = manifest.latent.first if exact else frames
+    noise = take.fresh(take.steps).unsqueeze(0)
+    streamed = parity.stream(first, following, torch.from_numpy(latents), chunks, opening=opening, noise=noise)
     return _levels(np.concatenate(list(streamed), axis=2)[0].transpose(1, 2, 3, 0) / 2 + 0.5), take
 
 
@@ -132,7 +133,7 @@ def denoise(call: Call, manifest: Manifest, take: Take, tokenizer_file: Path) ->
     noise = take.noise.numpy()
     if manifest.rollout == "bidirectional":
         latents, _ = _chunk(call, manifest, take, noise, text, {})
-        return latents
+        return latents[:, :, _added(manifest, take.frames) :]
     assert manifest.causal is not None
     window, causal, (_, _, frames, height, width) = manifest.window, manifest.causal, noise.shape
     patch, rows = manifest.latent.patch, len(text)
@@ -162,7 +163,7 @@ def _chunk(
     def step(graph: GraphName, timestep: float) -> dict[str, Array]:
         feeds = {
             "latents": np.repeat(x[:1], rows, axis=0),
-            "timestep": np.full(rows, timestep, np.float32),
+            "timestep": np.full((rows, x.shape[2]) if manifest.timesteps_by_frame else rows, timestep, np.float32),
             "encoder_hidden_states": text,
         }
         return call(graph, {**feeds, **state})
@@ -172,8 +173,7 @@ def _chunk(
         velocity = step(graph, timestep)["velocity"]
         x = advance(table.coefficients[index], x, velocity[0], velocity[1] if rows > 1 else None)
         if table.noise[index]:
-            fresh = np.random.default_rng(index).standard_normal(x[0].shape, dtype=np.float32)
-            x[0] += table.noise[index] * fresh
+            x[0] += table.noise[index] * _fresh(index, x[0].shape)
     return x[:1], step("denoiser", 0.0)["chunk_cache"] if state else None
 
 
@@ -185,12 +185,14 @@ def _encode(call: Call, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> A
 
 
 def _take(manifest: Manifest, seed: int = 7) -> Take:
-    """The smallest size that may be asked for, and one latent frame more than a chunk."""
+    """The smallest size that may be asked for, and a chunk and one latent frame more, or a group of them."""
     latent, limits = manifest.latent, manifest.limits
     cell = latent.spatial * latent.patch
     side = -(-limits.min_side // cell) * latent.patch
-    frames = manifest.chunk_latent_frames + 1
-    noise = np.random.default_rng(seed).standard_normal((1, latent.channels, frames, side, side), dtype=np.float32)
+    latent_frames = latent.lead + manifest.chunk_latent_frames + latent.group
+    frames = 1 + (latent_frames - 1) * latent.temporal
+    shape = (latent.channels, _added(manifest, frames) + latent_frames, side, side)
+    noise = np.random.default_rng(seed).standard_normal((1, *shape), dtype=np.float32)
     return Take(
         prompt=PROMPT,
         noise=torch.from_numpy(noise),
@@ -200,8 +202,19 @@ def _take(manifest: Manifest, seed: int = 7) -> Take:
         max_tokens=manifest.text.max_tokens,
         fps=manifest.fps,
         size=(side * latent.spatial, side * latent.spatial),
-        frames=1 + (frames - 1) * latent.temporal,
+        frames=frames,
+        fresh=lambda index: torch.from_numpy(_fresh(index, shape)),
     )
+
+
+def _added(manifest: Manifest, frames: int) -> int:
+    """How many latent frames more than a video's own are denoised."""
+    return -(1 + (frames - 1) // manifest.latent.temporal) % manifest.latent.patch_frames
+
+
+def _fresh(index: int, shape: tuple[int, ...]) -> Array:
+    """What is added after a step, where a sampler adds noise."""
+    return np.random.default_rng(index).standard_normal(shape, dtype=np.float32)
 
 
 def _levels(frames: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:

@@ -10,15 +10,25 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from export.onnx import ExportError
-from models.bundle import LimitsInfo, Positions, SamplerInfo, TokenShift
-from models.families import Defaults, Plan, defaults_of
-from models.samplers import SamplerName
+from models.bundle import BetasInfo, LimitsInfo, Positions, SamplerInfo, TokenShift
+from models.families import Decoding, Defaults, Plan, defaults_of
+from models.samplers import VARIANCE_PRESERVING, SamplerName
 from models.window import ContextWindow
 
 SETTINGS = "rushes.json"
 SAMPLERS: dict[str, SamplerName] = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "UniPCMultistepScheduler": "unipc",
+    "CogVideoXDDIMScheduler": "ddim",
+    "CogVideoXDPMScheduler": "dpm",
+}
+# What a variance-preserving scheduler's config must say, for it is all that is computed here.
+_PREDICTS_V = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "trained_betas": None,
 }
 
 
@@ -48,6 +58,15 @@ class CausalSettings(BaseModel):
     weights: str | None = None
 
 
+class DecodingSettings(BaseModel):
+    """For a VAE that denoises while it decodes, such as LTX's from 0.9.1 on; the defaults are its authors'."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    timestep: float = Field(default=Decoding().timestep, ge=0, le=1)
+    noise_scale: float = Field(default=Decoding().noise_scale, ge=0, le=1)
+
+
 class CheckpointSettings(BaseModel):
     """`rushes.json`; every key may be left out. A family has defaults of its own, see `models.families`."""
 
@@ -60,6 +79,7 @@ class CheckpointSettings(BaseModel):
     rollout: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="As it was trained.")
     causal: CausalSettings = Field(default=CausalSettings(), description="Only for the causal rollout.")
     sampler: SamplerSettings = SamplerSettings()
+    decoding: DecodingSettings = DecodingSettings()
     limits: LimitsInfo = LimitsInfo(
         default_size=(128, 128), min_side=64, max_side=256, size_multiple=16, default_seconds=2, max_seconds=8
     )
@@ -82,6 +102,7 @@ class CheckpointSettings(BaseModel):
             window=self.window,
             positions=causal.positions,
             weights=checkpoint / causal.weights if causal.weights else None,
+            decoding=Decoding(self.decoding.timestep, self.decoding.noise_scale),
         )
 
     def _completed(self, defaults: Defaults | None) -> CheckpointSettings:
@@ -111,7 +132,9 @@ class CheckpointSettings(BaseModel):
         """The manifest's sampler, from these settings and the checkpoint's scheduler config. Raises `ExportError`."""
         kind = str(scheduler.get("_class_name"))
         name = self.sampler.name or SAMPLERS.get(kind)
-        shift = self.sampler.shift or scheduler.get("flow_shift") or scheduler.get("shift")
+        shift = self.sampler.shift
+        for key in ("flow_shift", "shift", "snr_shift_scale"):
+            shift = shift or scheduler.get(key)
         if name is None or shift is None:
             raise ExportError(
                 f"The scheduler {kind} is unknown: give `sampler.name` and `sampler.shift` in {SETTINGS}."
@@ -130,7 +153,27 @@ class CheckpointSettings(BaseModel):
             if dynamic
             else None,
             terminal=scheduler.get("shift_terminal") if name == "euler" else None,
+            betas=_betas(scheduler) if name in VARIANCE_PRESERVING else None,
             num_train_timesteps=scheduler.get("num_train_timesteps", 1000),
             num_inference_steps=self.sampler.num_inference_steps,
             guidance_scale=self.sampler.guidance_scale,
         )
+
+
+def _betas(scheduler: dict[str, Any]) -> BetasInfo:
+    """Raises `ExportError` for a schedule that is not computed here."""
+    for key, wanted in _PREDICTS_V.items():
+        if scheduler.get(key, wanted) != wanted:
+            raise ExportError(f"The scheduler's `{key}` must be {wanted}, not {scheduler[key]}.")
+    try:
+        return BetasInfo(
+            start=scheduler["beta_start"],
+            end=scheduler["beta_end"],
+            zero_terminal=scheduler["rescale_betas_zero_snr"],
+            spacing=scheduler["timestep_spacing"],
+        )
+    except KeyError as error:
+        raise ExportError(f"The scheduler's config lacks {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ExportError(f"The scheduler's config is wrong at `{first['loc'][0]}`: {first['msg']}.") from error

@@ -22,13 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-from models.samplers import SamplerName, SamplerTable, build_table
+from models.cost import CostInfo
+from models.diffusion import BetaSchedule, Spacing
+from models.samplers import VARIANCE_PRESERVING, SamplerName, SamplerTable, build_table
 from models.window import ContextWindow
 
 FORMAT: Final = 1
 MANIFEST = "bundle.json"
 
-FamilyName = Literal["wan", "ltx"]
+FamilyName = Literal["wan", "ltx", "cogvideox"]
 Positions = Literal["window", "absolute"]
 Precision = Literal["fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 GraphName = Literal[
@@ -138,12 +140,32 @@ class LatentInfo(_Strict):
     spatial: PositiveInt = Field(description="Pixels per latent cell, both ways.")
     temporal: PositiveInt = Field(description="Video frames per latent frame after the first.")
     patch: PositiveInt = Field(description="The denoiser needs latent height and width to be multiples of this.")
+    patch_frames: PositiveInt = Field(
+        default=1,
+        description="The denoiser needs latent frames to be a multiple of this; what is missing is put before the "
+        "first, and left out when all is denoised.",
+    )
+    group: PositiveInt = Field(
+        default=1,
+        description="Latent frames that are decoded together. Above 1, `decoder_first` takes one more than these, and "
+        "the first chunk has one more than `chunk_latent_frames`, which is a multiple of it.",
+    )
     streaming: Literal["exact", "overlapped"] = Field(
         default="exact",
         description="`exact`: the VAE is causal, `decoder_first` takes one latent frame, and decoding chunk by chunk "
         "is decoding in one go. `overlapped`: it isn't, `decoder_first` takes the whole first chunk, and each later "
         "one is decoded behind latents before it; what that costs at the seams is `parity.seam` of `decoder_next`.",
     )
+
+    @property
+    def lead(self) -> int:
+        """Latent frames that the first chunk has more than the others."""
+        return 1 if self.group > 1 else 0
+
+    @property
+    def first(self) -> int:
+        """Latent frames that `decoder_first` takes when decoding is exact."""
+        return self.lead + self.group
 
 
 class CausalInfo(_Strict):
@@ -183,16 +205,32 @@ class TokenShift(_Strict):
         return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
 
 
+class BetasInfo(_Strict):
+    """How the noise of a variance-preserving model grows; see `models.diffusion.BetaSchedule`."""
+
+    start: float = Field(gt=0, lt=1)
+    end: float = Field(gt=0, lt=1)
+    zero_terminal: bool
+    spacing: Spacing
+
+
 class SamplerInfo(_Strict):
-    """Default sampler settings; see `models.samplers`."""
+    """Default sampler settings; see `models.samplers`. `ddim` and `dpm` need `betas`, and no other has them."""
 
     name: SamplerName = "unipc"
     shift: float = Field(gt=0)
     token_shift: TokenShift | None = Field(default=None, description="Takes the place of `shift` if it is there.")
     terminal: float | None = Field(default=None, gt=0, lt=1, description="The schedule's last sigma before 0.")
+    betas: BetasInfo | None = None
     num_train_timesteps: PositiveInt = 1000
     num_inference_steps: PositiveInt = 20
     guidance_scale: float = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _betas_fit_the_name(self) -> Self:
+        if (self.name in VARIANCE_PRESERVING) != (self.betas is not None):
+            raise ValueError("the samplers ddim and dpm need `betas`, and no other has them")
+        return self
 
     def table(
         self, steps: int, guidance_scale: float, tokens: int, name: SamplerName | None = None, *, start: int = 0
@@ -209,6 +247,7 @@ class SamplerInfo(_Strict):
             num_train_timesteps=self.num_train_timesteps,
             by_tokens=self.token_shift is not None,
             terminal=self.terminal,
+            betas=None if self.betas is None else BetaSchedule(**self.betas.model_dump()),
             start=start,
         )
 
@@ -238,6 +277,14 @@ class ProofInfo(_Strict):
     seconds: float = Field(ge=0)
 
 
+class AdapterInfo(_Strict):
+    """A LoRA file that is merged into the denoiser's weights."""
+
+    name: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    scale: float
+
+
 class PrecisionInfo(_Strict):
     """What was made of an fp32 bundle; `parity` of the changed graphs and `proof` are then against that one."""
 
@@ -262,16 +309,31 @@ class Manifest(_Strict):
     limits: LimitsInfo
     rewriter: RewriterInfo | None = Field(default=None, description="None: prompts are taken as they are.")
     captioner: CaptionerInfo | None = Field(default=None, description="None: no captions, and no best of several.")
+    adapters: tuple[AdapterInfo, ...] = Field(default=(), description="In the order in which they were merged.")
     precision: PrecisionInfo | None = Field(default=None, description="None: fp32, the master of all others.")
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
     proof: ProofInfo | None = Field(default=None, description="None: exported without verification.")
+    cost: CostInfo | None = Field(default=None, description="What it takes; None: never measured.")
 
     @property
     def encodes(self) -> bool:
         """Whether frames can be made latents: what a video that begins from another one or from a picture needs."""
         return {"encoder_first", "encoder_next"} <= self.graphs.keys()
+
+    @property
+    def timesteps_by_frame(self) -> bool:
+        """Whether the denoiser takes a timestep for each latent frame: 0 says that a frame is given and clean."""
+        denoiser = self.graphs.get("denoiser")
+        return denoiser is not None and any(
+            tensor.name == "timestep" and len(tensor.shape) == 2 for tensor in denoiser.inputs
+        )
+
+    @property
+    def decodes_with_noise(self) -> bool:
+        """Whether the decoders take `noise`, standard normal and shaped like the latents."""
+        return any(tensor.name == "noise" for tensor in self.graphs["decoder_first"].inputs)
 
     @property
     def window(self) -> ContextWindow:
@@ -296,6 +358,21 @@ class Manifest(_Strict):
                 shape = tensors.get(tensor)
                 if name in SERVED_GRAPHS and shape is not None and (len(shape) < 2 or shape[axis] != width):
                     raise ValueError(f"the {name}'s {tensor} {list(shape)} is not as {what} {width} says")
+        return self
+
+    def chunks(self, latent_frames: int) -> list[slice]:
+        """Which latent frames of a video each chunk holds; the first may have more than the others, the last fewer."""
+        size, lead = self.chunk_latent_frames, self.latent.lead
+        starts = [0, *range(lead + size, latent_frames, size)]
+        return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], latent_frames], strict=True)]
+
+    @model_validator(mode="after")
+    def _chunks_fit_the_decoder(self) -> Self:
+        latent = self.latent
+        if self.chunk_latent_frames % latent.group:
+            raise ValueError("`chunk_latent_frames` must be a multiple of `latent.group`")
+        if latent.group > 1 and (self.rollout == "causal" or self.fps % (latent.group * latent.temporal)):
+            raise ValueError("`latent.group` needs a bidirectional rollout and seconds of whole groups")
         return self
 
     @model_validator(mode="after")

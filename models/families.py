@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,22 @@ class UnsupportedCheckpointError(ValueError):
     """The directory is no checkpoint of any family, or of a kind that is not served."""
 
 
+class Decoding(NamedTuple):
+    """How a VAE that denoises while it decodes is asked (LTX from 0.9.1 on): where it begins, and with what noise."""
+
+    timestep: float = 0.05
+    noise_scale: float = 0.025
+
+
+DECODING = Decoding()
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a checkpoint is going to be served, as far as its graphs depend on it.
 
     `window` is there for a causal rollout; `weights` is a file whose weights take the place of the transformer's.
+    `lazily` says that nothing is going to be run, so that large weights may stay on disk.
     """
 
     max_tokens: int
@@ -39,6 +50,8 @@ class Plan:
     window: ContextWindow | None = None
     positions: Positions = "window"
     weights: Path | None = None
+    lazily: bool = False
+    decoding: Decoding = DECODING
 
     def largest(self, latent: LatentInfo, cost: Callable[[int, int, int], int]) -> tuple[int, int, int]:
         """Latent frames, height and width of the largest video within the limits that costs at most `MEMORY_BYTES`.
@@ -90,6 +103,17 @@ LTX = Defaults(
         default_size=(704, 480), min_side=256, max_side=1280, size_multiple=32, default_seconds=5, max_seconds=10
     ),
 )
+# 2B and 5B. Chunks are whole pairs of latent frames, and what the VAE was trained with is one pair.
+COGVIDEOX = Defaults(
+    max_tokens=226,
+    fps=8,
+    chunk_latent_frames=2,
+    num_inference_steps=50,
+    guidance_scale=6.0,
+    limits=LimitsInfo(
+        default_size=(720, 480), min_side=256, max_side=1360, size_multiple=16, default_seconds=6, max_seconds=10
+    ),
+)
 
 
 def defaults_of(path: Path) -> Defaults | None:
@@ -99,7 +123,19 @@ def defaults_of(path: Path) -> Defaults | None:
     except UnsupportedCheckpointError:
         return None
     wan = replace(WAN, fps=24) if index.get("expand_timesteps") else WAN  # TI2V-5B
-    return {"WanPipeline": wan, "LTXPipeline": LTX}.get(str(index.get("_class_name")))
+    known = {"WanPipeline": wan, "LTXPipeline": LTX, "CogVideoXPipeline": COGVIDEOX}
+    defaults = known.get(str(index.get("_class_name")))
+    return _cogvideox(path) if defaults is COGVIDEOX else defaults
+
+
+def _cogvideox(path: Path) -> Defaults:
+    """1.5 has patches in time, twice the frame rate and a text length of its own."""
+    try:
+        config = json.loads((path / "transformer" / "config.json").read_text())
+        tokens = int(config.get("max_text_seq_length", COGVIDEOX.max_tokens))
+        return replace(COGVIDEOX, max_tokens=tokens, fps=16 if config.get("patch_size_t") else COGVIDEOX.fps)
+    except (OSError, ValueError, AttributeError):
+        return COGVIDEOX  # what is wrong with it is said when it is opened
 
 
 # What one call of a proof may take, estimated; torch and ONNX Runtime are not in it at the same time.
@@ -108,7 +144,11 @@ MEMORY_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Take:
-    """One short video to be made twice: `noise` `[1, channels, frames, height, width]` is where both begin."""
+    """One short video to be made twice: `noise` `[1, channels, frames, height, width]` is where both begin.
+
+    `fresh` is what a sampler that adds noise adds after a step, `[channels, frames, height, width]`, and after the last
+    one what a decoder that takes noise is given.
+    """
 
     prompt: str
     noise: Tensor
@@ -119,6 +159,7 @@ class Take:
     fps: int
     size: tuple[int, int]
     frames: int
+    fresh: Callable[[int], Tensor]
 
 
 class Family(Protocol):
@@ -130,6 +171,11 @@ class Family(Protocol):
     latent: LatentInfo
     text_dim: int
     experts: ExpertsInfo | None
+    lora_loader: Any
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        """The denoisers by diffusers' names for them; `lora_loader` is diffusers' mixin that reads LoRAs for them."""
 
     def graphs(self, plan: Plan) -> tuple[Graph, ...]:
         """Every graph of the bundle. Raises `UnsupportedCheckpointError` for a plan that it can't follow."""
@@ -146,12 +192,14 @@ class Family(Protocol):
 
 def open_checkpoint(path: Path, plan: Plan) -> Family:
     """Load a diffusers directory. Raises `UnsupportedCheckpointError`, or `OSError` for a part that can't be read."""
+    from models.cogvideox_graphs import CogVideoXFamily
     from models.ltx import LtxFamily
     from models.wan_graphs import WanFamily
 
     openers: dict[str, Callable[[Path, Plan], Family]] = {
         "WanPipeline": WanFamily.open,
         "LTXPipeline": LtxFamily.open,
+        "CogVideoXPipeline": CogVideoXFamily.open,
     }
     kind = read_index(path).get("_class_name")
     if kind not in openers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from models.bundle import GraphName
+from models.stored import Stored
 
 # More cells than any model was trained for.
 MOST = 4096
@@ -23,7 +24,8 @@ class Graph:
     """A module to be exported.
 
     `example` has every dynamic dimension at two or more: torch takes a size of 1 for a constant, silently. `cases` are
-    other shapes, with batch 1 and odd sizes, at which the file is run against the module.
+    other shapes, with batch 1 and odd sizes, at which the file is run against the module. With `stored` weights the
+    module has only placeholders of them: it can be traced, not run.
     """
 
     name: GraphName
@@ -34,6 +36,7 @@ class Graph:
     weights: str
     cases: tuple[Feeds, ...]
     exportable: AbstractContextManager[None] = field(default_factory=nullcontext)
+    stored: Stored | None = None
 
     @property
     def file(self) -> str:

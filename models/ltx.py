@@ -4,6 +4,9 @@ Every decoded frame depends on latents after it, so decoding in chunks can't be 
 the last `CONTEXT` latents before it, and without those after it: `LatentInfo.streaming` is `overlapped`, and the bundle
 says what the seams cost. A bundle whose `chunk_latent_frames` hold the longest video has none.
 
+From 0.9.1 on the VAE denoises while it decodes: it is given latents with a little noise and a timestep. Both settings
+are part of the graphs (`decoding` in `rushes.json`), and the noise is an input, `noise`, shaped like the latents.
+
 Two contracts of serving are kept by wrapping. It has one tensor of text: masked tokens are zero in it, and the denoiser
 takes its mask from there (LTX gives masked keys -10000, so what they hold doesn't matter). And LTX's RoPE counts in
 seconds and pixels: the bundle's frame rate is part of its graph.
@@ -14,18 +17,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers.loaders import LTXVideoLoraLoaderMixin
+from diffusers.pipelines.ltx import pipeline_ltx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
 from models.bundle import ExpertsInfo, FamilyName, LatentInfo
-from models.families import Plan, Take, UnsupportedCheckpointError, fast_tokenizer, read_index
+from models.families import Decoding, Plan, Take, UnsupportedCheckpointError, fast_tokenizer, read_index
 from models.graph import MOST, Feeds, Graph
 from models.wan import check_same_batch
 
@@ -34,14 +40,22 @@ CONTEXT = 2
 
 
 class LtxFamily:
-    """An `LTXPipeline` checkpoint of the first kind (0.9.0): a VAE without timestep conditioning."""
+    """An `LTXPipeline` checkpoint; see `models.families.Family`."""
 
     name: FamilyName = "ltx"
     experts: ExpertsInfo | None = None
+    lora_loader = LTXVideoLoraLoaderMixin
 
     def __init__(
-        self, text_encoder: Any, transformer: Any, vae: Any, scheduler: dict[str, Any], tokenizer: Path
+        self,
+        text_encoder: Any,
+        transformer: Any,
+        vae: Any,
+        scheduler: dict[str, Any],
+        tokenizer: Path,
+        decoding: Decoding,
     ) -> None:
+        self.decoding = decoding
         self.text_encoder, self.transformer, self.vae = text_encoder, transformer, vae
         self.scheduler, self.tokenizer = scheduler, tokenizer
         self.latent = LatentInfo(
@@ -64,9 +78,10 @@ class LtxFamily:
         local: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32}
         vae = AutoencoderKLLTXVideo.from_pretrained(path / "vae", **local).eval()
         transformer = LTXVideoTransformer3DModel.from_pretrained(path / "transformer", **local).eval()
-        if vae.config.timestep_conditioning:
+        if any(vae.config.decoder_inject_noise):
             raise UnsupportedCheckpointError(
-                f"{path} has a VAE that denoises while it decodes: only 0.9.0 is supported."
+                f"{path} has a VAE that draws noise in its layers (`decoder_inject_noise`), so it never decodes the "
+                "same: use a version of LTX without."
             )
         if vae.config.decoder_causal or transformer.config.patch_size != 1 or transformer.config.patch_size_t != 1:
             raise UnsupportedCheckpointError(f"{path} has a causal decoder or patches, which no published LTX has.")
@@ -78,7 +93,11 @@ class LtxFamily:
             path / "text_encoder", dtype=torch.float32, local_files_only=True
         )
         scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-        return cls(text_encoder.eval(), transformer, vae, scheduler, tokenizer)
+        return cls(text_encoder.eval(), transformer, vae, scheduler, tokenizer, plan.decoding)
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        return {"transformer": self.transformer}
 
     def cache_size(self) -> tuple[int, int]:
         raise UnsupportedCheckpointError("LTX has no causal rollout.")
@@ -105,7 +124,11 @@ class LtxFamily:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(_Decoder(self.vae).denormalised(latents), return_dict=False)[0]
+        decoder = _Decoder(self.vae, *self.decoding)
+        noised = bool(self.vae.config.timestep_conditioning)
+        timestep = torch.full((len(latents),), self.decoding.timestep) if noised else None
+        prepared = decoder.prepared(latents, torch.zeros_like(latents) if noised else None)
+        pixels: Tensor = self.vae.decode(prepared, timestep, return_dict=False)[0]
         return pixels
 
     def make(self, take: Take) -> NDArray[np.float32]:
@@ -117,19 +140,23 @@ class LtxFamily:
             transformer=self.transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
-        frames: NDArray[np.float32] = pipeline(
-            take.prompt,
-            negative_prompt="",
-            width=take.size[0],
-            height=take.size[1],
-            num_frames=take.frames,
-            frame_rate=take.fps,
-            num_inference_steps=take.steps,
-            guidance_scale=take.guidance_scale,
-            latents=LTXPipeline._pack_latents(take.noise),
-            max_sequence_length=take.max_tokens,
-            output_type="np",
-        ).frames[0]
+        # The only noise that is drawn when latents are given is the decoder's.
+        with mock.patch.object(pipeline_ltx, "randn_tensor", return_value=take.fresh(take.steps).unsqueeze(0)):
+            frames: NDArray[np.float32] = pipeline(
+                take.prompt,
+                negative_prompt="",
+                width=take.size[0],
+                height=take.size[1],
+                num_frames=take.frames,
+                frame_rate=take.fps,
+                num_inference_steps=take.steps,
+                guidance_scale=take.guidance_scale,
+                latents=LTXPipeline._pack_latents(take.noise),
+                max_sequence_length=take.max_tokens,
+                decode_timestep=self.decoding.timestep,
+                decode_noise_scale=self.decoding.noise_scale,
+                output_type="np",
+            ).frames[0]
         return frames
 
     def _text(self, max_tokens: int) -> Graph:
@@ -186,31 +213,36 @@ class LtxFamily:
         random = torch.Generator().manual_seed(3)
         batch, height, width = (Dim(name, min=1, max=MOST) for name in ("batch", "height", "width"))
         cell: dict[int, object] = {0: batch, 3: height, 4: width}
+        noised = bool(self.vae.config.timestep_conditioning)
         latents = {**cell, 2: Dim("frames", min=1, max=MOST)}
+        noise = {"noise": latents} if noised else {}
 
         def feeds(batch: int, frames: int, rows: int, columns: int, cached: bool) -> Feeds:
             size = (batch, self.latent.channels)
             new = torch.randn(*size, frames, rows, columns, generator=random)
-            return {"latents": new} | (
-                {"cache_00": torch.randn(*size, CONTEXT, rows, columns, generator=random)} if cached else {}
-            )
+            given = {"latents": new}
+            if cached:
+                given["cache_00"] = torch.randn(*size, CONTEXT, rows, columns, generator=random)
+            if noised:
+                given["noise"] = torch.randn(new.shape, generator=random)
+            return given
 
         shapes = [(1, 1, 4, 4), (3, 2, 2, 5), (1, 4, 1, 3), (1, 1, *largest)]
         first = Graph(
             name="decoder_first",
-            module=DecoderFirst(self.vae),
+            module=DecoderFirst(self.vae, *self.decoding),
             example=feeds(2, 3, 3, 4, False),
             outputs=("frames", "pixels", "cache_00"),
-            dynamic_shapes={"latents": latents},
+            dynamic_shapes={"latents": latents} | noise,
             weights="decoder.weights",
             cases=tuple(feeds(*shape, False) for shape in shapes),
         )
         following = Graph(
             name="decoder_next",
-            module=DecoderNext(self.vae),
+            module=DecoderNext(self.vae, *self.decoding),
             example=feeds(2, 3, 3, 4, True),
             outputs=("frames", "pixels", "next_cache_00"),
-            dynamic_shapes={"latents": latents, "cache_00": cell},
+            dynamic_shapes={"latents": latents, "cache_00": cell} | noise,
             weights="decoder.weights",
             cases=tuple(feeds(*shape, True) for shape in shapes),
         )
@@ -262,23 +294,32 @@ class Denoiser(nn.Module):
 
 
 class _Decoder(nn.Module):
+    """`timestep` and `noise_scale` are for a VAE that denoises while it decodes, which is then given `noise`, too."""
+
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, timestep: float, noise_scale: float) -> None:
         super().__init__()
         self.vae = vae
+        self.timestep, self.noise_scale = timestep, noise_scale
         self.temporal = int(vae.temporal_compression_ratio)
         shape = (1, -1, 1, 1, 1)
         scale = float(vae.config.scaling_factor)
         self.register_buffer("mean", vae.latents_mean.detach().clone().view(shape), persistent=False)
         self.register_buffer("std", vae.latents_std.detach().clone().view(shape) / scale, persistent=False)
 
-    def denormalised(self, latents: Tensor) -> Tensor:
-        return latents * self.std + self.mean
+    def prepared(self, latents: Tensor, noise: Tensor | None) -> Tensor:
+        """What the VAE is given."""
+        latents = latents * self.std + self.mean
+        if noise is None:
+            return latents
+        check_same_batch(latents, noise)
+        return (1 - self.noise_scale) * latents + self.noise_scale * noise
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decoder(self.denormalised(latents), None)
+        timestep = torch.full((latents.shape[0],), self.timestep) if self.vae.config.timestep_conditioning else None
+        pixels: Tensor = self.vae.decoder(latents, timestep)
         return pixels.clamp(-1.0, 1.0)
 
     def out(self, pixels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,16 +331,17 @@ class _Decoder(nn.Module):
 class DecoderFirst(_Decoder):
     """The first chunk, `t` latents, to `frames` uint8 `[batch, 1 + 8 (t - 1), H, W, 3]`, `pixels`, and the cache."""
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
-        padded = torch.cat([latents[:, :, :1]] * CONTEXT + [latents], dim=2)
-        return self.out(self.decode(latents), padded)
+    def forward(self, latents: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        prepared = self.prepared(latents, noise)
+        padded = torch.cat([prepared[:, :, :1]] * CONTEXT + [prepared], dim=2)
+        return self.out(self.decode(prepared), padded)
 
 
 class DecoderNext(_Decoder):
     """`t` more latents behind `cache_00`, the last `CONTEXT` of them, to `8 t` frames, `pixels`, and the next cache."""
 
-    def forward(self, latents: Tensor, cache_00: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, latents: Tensor, cache_00: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         check_same_batch(latents, cache_00)
-        seen = torch.cat([cache_00, latents], dim=2)
+        seen = torch.cat([cache_00, self.prepared(latents, noise)], dim=2)
         before = 1 + self.temporal * (CONTEXT - 1)
         return self.out(self.decode(seen)[:, :, before:], seen)

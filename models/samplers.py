@@ -13,6 +13,8 @@ products.
 Self-Forcing, arXiv 2506.08009): each step predicts the clean latent and noises that afresh, so it also adds noise, with
 a weight for each step. Its noise levels are evenly spaced before the shift, as Self-Forcing's are.
 
+`ddim` and `dpm` are for models that preserve variance, see `models.diffusion`; their `sigmas` are the noise's weights.
+
 The other tables give what diffusers 0.42 computes: `FlowMatchEulerDiscreteScheduler(shift=…)` and
 `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=…)`, timesteps included.
 """
@@ -21,12 +23,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-SamplerName = Literal["euler", "unipc", "renoise"]
+from models.diffusion import BetaSchedule, Levels, ddim_maps, dpm_maps
+
+SamplerName = Literal["euler", "unipc", "renoise", "ddim", "dpm"]
+VARIANCE_PRESERVING: Final[tuple[SamplerName, ...]] = ("ddim", "dpm")
 
 Floats = NDArray[np.float64]
 
@@ -70,6 +75,7 @@ def build_table(
     num_train_timesteps: int = 1000,
     by_tokens: bool = False,
     terminal: float | None = None,
+    betas: BetaSchedule | None = None,
     start: int = 0,
 ) -> SamplerTable:
     """The table of one request; `guidance_scale` 1 leaves the unconditional column zero.
@@ -77,7 +83,8 @@ def build_table(
     `start` steps are left out: the rest begins without a history, from a latent at the noise level `sigmas[0]`.
 
     `by_tokens` says that `shift` was chosen for the video's size: Euler's schedule then is that of
-    `use_dynamic_shifting`, and may be stretched to end at `terminal` before 0. Both are for `euler` alone.
+    `use_dynamic_shifting`, and may be stretched to end at `terminal` before 0. Both are for `euler` alone. `betas` are
+    for `ddim` and `dpm`, whose `shift` is that of the signal-to-noise ratio.
     """
     if not 0 <= start < steps:
         raise ValueError(f"a sampler needs at least one step, not {steps} without the first {start}")
@@ -97,6 +104,16 @@ def build_table(
         sigmas, timesteps = sigmas[start:], timesteps[start:]
         velocity_maps = _renoise_maps(sigmas)
         noise = sigmas[1:].astype(np.float32)
+    elif name in VARIANCE_PRESERVING:
+        schedule_of = betas or BetaSchedule()
+        levels = Levels.of(schedule_of, steps, shift=shift, train=num_train_timesteps, start=start)
+        timesteps = schedule_of.timesteps(steps, num_train_timesteps)[start:].astype(np.float32)
+        sigmas = np.sqrt(1 - np.append(levels.here, 1.0))
+        if name == "ddim":
+            velocity_maps = ddim_maps(levels)
+        else:
+            velocity_maps, weights = dpm_maps(levels)
+            noise = weights.astype(np.float32)
     else:
         sigmas, timesteps = _unipc_schedule(steps, shift, num_train_timesteps)
         sigmas, timesteps = sigmas[start:], timesteps[start:]

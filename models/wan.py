@@ -12,9 +12,9 @@ Imports torch, diffusers and transformers: for export and training only; serving
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
 from models.families import UnsupportedCheckpointError, fast_tokenizer, read_index
+from models.stored import Stored, skeleton
 
 CACHE_FRAMES = 2
 TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
@@ -36,6 +37,7 @@ class WanCheckpoint:
     """The parts of a checkpoint, in fp32 on the CPU.
 
     With `transformer_2` (Wan 2.2 A14B), that one takes the timesteps below `boundary_ratio` of the training schedule.
+    With `expand_timesteps` (TI2V-5B) each token has its own timestep, 0 in frames that are given.
     """
 
     text_encoder: Any
@@ -45,10 +47,15 @@ class WanCheckpoint:
     tokenizer: Path
     transformer_2: Any | None = None
     boundary_ratio: float | None = None
+    expand_timesteps: bool = False
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> WanCheckpoint:
-        """Read a diffusers `WanPipeline` directory, part by part. Raises `UnsupportedCheckpointError`."""
+    def load(cls, path: Path, *, lazily: bool = False) -> WanCheckpoint:
+        """Read a diffusers `WanPipeline` directory, part by part. Raises `UnsupportedCheckpointError`.
+
+        `lazily`: text encoder and transformers stay on disk, see `models.stored`.
+        """
         index = read_index(path)
         if index.get("_class_name") != "WanPipeline":
             raise UnsupportedCheckpointError(
@@ -67,23 +74,35 @@ class WanCheckpoint:
         # Its progress bar would cut through ours.
         transformers.utils.logging.disable_progress_bar()
         local: dict[str, Any] = {"local_files_only": True}
+        stored: dict[str, Stored] = {}
+
+        def part(name: str, model: Any, dtype: str = "torch_dtype") -> Any:
+            if not lazily:
+                return model.from_pretrained(path / name, **{dtype: torch.float32}, **local).eval()
+            if dtype == "dtype":
+                module, stored[name] = skeleton(
+                    lambda: model(model.config_class.from_pretrained(path / name)), path / name
+                )
+            else:
+                module, stored[name] = skeleton(lambda: model.from_config(model.load_config(path / name)), path / name)
+            return module
+
         transformers_there = [
-            WanTransformer3DModel.from_pretrained(path / name, torch_dtype=torch.float32, **local).eval()
-            for name in ("transformer", "transformer_2")[: 1 + experts]
+            part(name, WanTransformer3DModel) for name in ("transformer", "transformer_2")[: 1 + experts]
         ]
         for transformer in transformers_there:
             if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
                 raise UnsupportedCheckpointError(f"{path} needs an image as input; only text-to-video is supported.")
         return cls(
-            text_encoder=getattr(transformers, kind)
-            .from_pretrained(path / "text_encoder", dtype=torch.float32, **local)
-            .eval(),
+            text_encoder=part("text_encoder", getattr(transformers, kind), "dtype"),
             transformer=transformers_there[0],
             vae=AutoencoderKLWan.from_pretrained(path / "vae", torch_dtype=torch.float32, **local).eval(),
             scheduler=json.loads((path / "scheduler" / "scheduler_config.json").read_text()),
             tokenizer=tokenizer,
             transformer_2=transformers_there[1] if experts else None,
             boundary_ratio=boundary if experts else None,
+            expand_timesteps=bool(index.get("expand_timesteps")),
+            stored=stored,
         )
 
 
@@ -105,11 +124,14 @@ class TextEncoder(nn.Module):
 class Denoiser(nn.Module):
     """`latents` `[batch, channels, frames, height, width]`, `timestep` `[batch]` in 0..1000 and `encoder_hidden_states`
     `[batch, tokens, dim]` to the flow's `velocity`, shaped like the latents.
+
+    `by_frame`: `timestep` is `[batch, frames]`, and 0 for frames that are given (TI2V-5B's first one).
     """
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, *, by_frame: bool = False) -> None:
         super().__init__()
         self.transformer = transformer
+        self.by_frame = by_frame
 
     @contextmanager
     def exportable(self) -> Iterator[None]:
@@ -123,6 +145,10 @@ class Denoiser(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         check_same_batch(latents, timestep, encoder_hidden_states)
+        if self.by_frame:
+            _, height, width = self.transformer.config.patch_size
+            tokens = (latents.shape[3] // height) * (latents.shape[4] // width)
+            timestep = timestep.unsqueeze(2).expand(-1, -1, tokens).flatten(1)
         velocity: Tensor = self.transformer(latents, timestep, encoder_hidden_states, return_dict=False)[0]
         return velocity
 

@@ -1,8 +1,8 @@
 """The Wan family as export sees it: its graphs, what is dynamic in them, where they are tried, and its pipeline.
 
 Wan 2.1 and 2.2: one transformer, or the two of A14B; a VAE with or without residual shortcuts and 2x2 patches. TI2V-5B
-has one timestep for each token (`expand_timesteps`), which for text-to-video is the same one for all, so its graph is
-that of the others. The causal VAE streams exactly, see `models.wan`.
+has one timestep for each token (`expand_timesteps`); its graph takes one for each latent frame, so that a video can
+begin with a picture: a frame that is clean and at timestep 0. The causal VAE streams exactly, see `models.wan`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import WanPipeline
+from diffusers.loaders import WanLoraLoaderMixin
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import Dim
@@ -38,6 +39,7 @@ class WanFamily:
     """A `WanPipeline` checkpoint; see `models.families.Family`."""
 
     name: FamilyName = "wan"
+    lora_loader = WanLoraLoaderMixin
 
     def __init__(self, checkpoint: WanCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -62,10 +64,15 @@ class WanFamily:
 
     @classmethod
     def open(cls, path: Path, plan: Plan) -> WanFamily:
-        checkpoint = WanCheckpoint.load(path)
+        checkpoint = WanCheckpoint.load(path, lazily=plan.lazily and plan.weights is None)
         if plan.weights is not None:
             load_weights(checkpoint.transformer, plan.weights)
         return cls(checkpoint)
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        both = {"transformer": self.checkpoint.transformer, "transformer_2": self.checkpoint.transformer_2}
+        return {name: transformer for name, transformer in both.items() if transformer is not None}
 
     def graphs(self, plan: Plan) -> tuple[Graph, ...]:
         checkpoint, config = self.checkpoint, self.checkpoint.transformer.config
@@ -86,7 +93,8 @@ class WanFamily:
         if plan.window is None:
             denoisers = (denoiser(checkpoint, tokens, largest),)
             if checkpoint.transformer_2 is not None:
-                second = replace(checkpoint, transformer=checkpoint.transformer_2)
+                stored = {"transformer": checkpoint.stored["transformer_2"]} if checkpoint.stored else {}
+                second = replace(checkpoint, transformer=checkpoint.transformer_2, stored=stored)
                 denoisers = (*denoisers, denoiser(second, tokens, largest, "denoiser_2"))
         elif checkpoint.transformer_2 is not None:
             raise UnsupportedCheckpointError("A causal rollout over two transformers is not supported.")
@@ -200,6 +208,7 @@ def text_encoder(checkpoint: WanCheckpoint, max_tokens: int) -> Graph:
             feeds([min(4, max_tokens), 5], 5),
             feeds([1], 1),
         ),
+        stored=checkpoint.stored.get("text_encoder"),
     )
 
 
@@ -207,13 +216,18 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
     config = checkpoint.transformer.config
     dim, channels = int(config.text_dim), int(config.in_channels)
     patch_frames, patch_height, patch_width = config.patch_size
-    random = torch.Generator().manual_seed(2)
+    random, by_frame = torch.Generator().manual_seed(2), checkpoint.expand_timesteps
+    if by_frame and patch_frames != 1:
+        raise UnsupportedCheckpointError("One timestep a frame needs patches of one latent frame.")
 
     def feeds(batch: int, frames: int, rows: int, columns: int, tokens: int) -> Feeds:
         size = (frames * patch_frames, rows * patch_height, columns * patch_width)
+        steps = torch.rand((batch, size[0]) if by_frame else (batch,), generator=random) * 1000
+        if by_frame:
+            steps[::2, 0] = 0.0  # as when the first frame is given
         return {
             "latents": torch.randn(batch, channels, *size, generator=random),
-            "timestep": torch.rand(batch, generator=random) * 1000,
+            "timestep": steps,
             "encoder_hidden_states": torch.randn(batch, tokens, dim, generator=random),
         }
 
@@ -221,19 +235,20 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
     most_frames, most_rows, most_columns = (
         min(math.ceil(size / patch), longest) for size, patch in zip(largest, config.patch_size, strict=True)
     )
+    frames = multiple(patch_frames, "frames", longest)
     return Graph(
         name=name,
-        module=(module := Denoiser(checkpoint.transformer)),
+        module=(module := Denoiser(checkpoint.transformer, by_frame=by_frame)),
         example=feeds(2, 3, 3, 2, min(8, max_tokens)),
         outputs=("velocity",),
         dynamic_shapes={
             "latents": {
                 0: batch,
-                2: multiple(patch_frames, "frames", longest),
+                2: frames,
                 3: multiple(patch_height, "rows", longest),
                 4: multiple(patch_width, "columns", longest),
             },
-            "timestep": {0: batch},
+            "timestep": {0: batch, 1: frames} if by_frame else {0: batch},
             "encoder_hidden_states": {0: batch, 1: Dim("tokens", min=1, max=MOST)},
         },
         weights=f"{name}.weights",
@@ -245,6 +260,7 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
             feeds(1, most_frames, most_rows, most_columns, max_tokens),
         ),
         exportable=module.exportable(),
+        stored=checkpoint.stored.get("transformer"),
     )
 
 
@@ -299,6 +315,7 @@ def causal_denoiser(checkpoint: WanCheckpoint, plan: Plan, window: ContextWindow
             feeds([100_000], most, 3, 5, max_tokens),
             feeds([full], most, largest[0] // patch_height, largest[1] // patch_width, max_tokens),
         ),
+        stored=checkpoint.stored.get("transformer"),
     )
 
 

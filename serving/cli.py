@@ -191,7 +191,7 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
 ) -> None:
-    """Run the service on this machine until Ctrl-C, which waits for the videos in hand.
+    """Run the service on this machine until Ctrl-C, which finishes the videos in hand; a second one hands them back.
 
     `rushes reload` makes it read its configuration again.
     """
@@ -370,7 +370,7 @@ def submit(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint: WanPipeline's layout or LTXPipeline's.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusers checkpoint, such as WanPipeline's layout.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The bundle's directory; a bundle that is there is replaced.")
     ],
@@ -378,6 +378,14 @@ def export(
         bool,
         typer.Option(help="Run every graph against torch at other shapes, and a whole video against diffusers."),
     ] = True,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]PATH[:SCALE]",
+            help="A LoRA to merge into the denoiser, and how much of it; may be given several times. PART is "
+            "transformer_2 for one that belongs to the second expert.",
+        ),
+    ] = None,
 ) -> None:
     """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written.
 
@@ -385,13 +393,20 @@ def export(
     """
     try:
         from export.checkpoint import export_checkpoint
+        from export.lora import Adapter
         from export.onnx import ExportError
     except ImportError as error:
         _fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
     with _said_in_one_line():
         with _console.status("exporting") as status:
             try:
-                export_checkpoint(checkpoint, output, progress=lambda said: status.update(_plain(said)), verify=verify)
+                export_checkpoint(
+                    checkpoint,
+                    output,
+                    progress=lambda said: status.update(_plain(said)),
+                    verify=verify,
+                    adapters=[Adapter.parse(text) for text in lora or ()],
+                )
             except ExportError as error:
                 _fail(str(error), BAD_INPUT)
         print(output)
@@ -455,6 +470,31 @@ def export_tensorrt(
             _fail(str(error), BAD_INPUT)
     for plan in plans:
         print(plan)
+
+
+@app.command()
+def measure(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's directory; its manifest is written anew.")],
+    threads: Annotated[int, typer.Option(min=1, help="Threads for an engine call, as the service will have.")] = 1,
+    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+) -> None:
+    """Measure what a bundle's graphs take on this machine, and keep that in the bundle.
+
+    A service tells by it how long a video will take before it has made one. Its digest becomes another.
+    """
+    from models.bundle import Bundle as LoadedBundle
+    from serving import measuring
+
+    with _said_in_one_line():
+        loaded = LoadedBundle.load(bundle)
+        loaded.verify()
+        with _console.status("measuring") as status:
+            cost = measuring.measure(
+                loaded, threads=threads, provider=provider, progress=lambda said: status.update(_plain(said))
+            )
+        measuring.write(loaded, cost)
+        _console.print(f"within {100 * cost.worst_error:.0f} % of {len(cost.calls_measured)} calls, {cost.device}")
+        print(bundle)
 
 
 @app.command()

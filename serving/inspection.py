@@ -32,6 +32,15 @@ def _facts(bundle: Bundle) -> Table:
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "digest": bundle.digest,
     }
+    if manifest.cost is not None:
+        cost = manifest.cost
+        rows["cost"] = (
+            f"{cost.call:.2g} s a call, {cost.token:.2g} s a token, {cost.token_pair:.2g} s a pair; "
+            f"{cost.chunk:.2g} s a chunk, {cost.pixel:.2g} s a pixel; "
+            f"within {100 * cost.worst_error:.0f} %, {cost.device}"
+        )
+    if manifest.adapters:
+        rows["merged"] = ", ".join(f"{adapter.name} x {adapter.scale:g}" for adapter in manifest.adapters)
     if manifest.precision is not None:
         rows["precision"] = f"{manifest.precision.name}, of {manifest.precision.master}"
     if manifest.causal is not None:

@@ -21,7 +21,7 @@ from serving.pipeline.stages import Fragment, StepDone, VideoSpec
 async def generate_file(bundle: Bundle, spec: VideoSpec, output: Path, console: Console) -> None:
     """Write `output`, whole or not at all; the same bytes as the service's for the same spec."""
     _, latent_frames, _, _ = latent_shape(bundle.manifest, spec)
-    chunks = -(-latent_frames // bundle.manifest.chunk_latent_frames)
+    chunks = len(bundle.manifest.chunks(latent_frames))
     columns = (TextColumn("{task.description:7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     made: list[Fragment] = []
     with Progress(*columns, console=console) as progress:

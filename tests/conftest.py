@@ -72,6 +72,20 @@ def tiny_ltx_bundle(request: pytest.FixtureRequest) -> Bundle:
     return _exported(request, "tiny_ltx_checkpoint")
 
 
+@pytest.fixture(scope="session")
+def tiny_cogvideox_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import build_tiny_cogvideox
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-cogvideox"
+    build_tiny_cogvideox(path, newer=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_cogvideox_bundle(request: pytest.FixtureRequest) -> Bundle:
+    return _exported(request, "tiny_cogvideox_checkpoint")
+
+
 def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
     """Exported once for each state of the exporter: pytest's cache keeps it, since tracing takes most of a minute."""
     path = request.config.cache.mkdir(f"{checkpoint}-bundle") / _state_of_the_exporter()  # type: ignore[union-attr]

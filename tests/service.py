@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, text
 
 from models.bundle import Bundle
 from serving.api.app import create_api
+from serving.api.beginnings import ReferencePolicy
 from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
 from serving.deployments.attempt import AttemptSettings, Stages
@@ -29,6 +30,9 @@ from serving.pipeline.local import LocalPipeline
 
 MAX_BODY = 1 << 20
 MAX_FILE = 3 << 20
+REFERENCES = ReferencePolicy(max_bytes=1 << 20)
+# Of a body that may hold a picture or a video.
+MAX_REFERENCE_BODY = MAX_BODY + REFERENCES.max_body_bytes
 
 
 def assert_envelope(response: httpx.Response, status: int, param: str | None) -> None:
@@ -39,6 +43,12 @@ def assert_envelope(response: httpx.Response, status: int, param: str | None) ->
     assert body["error"]["param"] == param
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Bounded by the test's own time limit."""
+    while not holds():  # noqa: ASYNC110 - nothing here could set an event
+        await asyncio.sleep(0.001)
 
 
 class Service:
@@ -61,10 +71,11 @@ class Service:
             max_body_bytes=MAX_BODY,
             max_file_bytes=MAX_FILE,
             require_keys=require_keys,
+            references=REFERENCES,
         )
 
-    async def wake(self) -> None:
-        self.wakes += 1
+    async def wake(self, video_id: str | None = None) -> None:
+        self.wakes += video_id is None
 
     async def claimed(self) -> Video:
         video = await self.store.claim("runner", 60)
@@ -122,8 +133,8 @@ class WholeService:
         """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
         runner = self.runner = self.new_runner()
 
-        async def wake() -> None:
-            runner.wake()
+        async def wake(video_id: str | None = None) -> None:
+            runner.wake() if video_id is None else runner.tell(video_id)
 
         bundles, aliases = {"tiny": self.bundle}, {"sora-2": "tiny"}
         api = create_api(self.storage, bundles, wake, aliases=aliases, webhooks=self.webhooks)

@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLCogVideoX,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -103,33 +108,14 @@ def build_tiny_checkpoint(path: Path, *, causal: bool = False, experts: bool = F
     (path / "rushes.json").write_text(json.dumps(settings))
 
 
-def build_tiny_ltx(path: Path) -> None:
-    """Write an `LTXPipeline` directory with a `rushes.json`."""
+def build_tiny_ltx(path: Path, *, newer: bool = True) -> None:
+    """Write an `LTXPipeline` directory with a `rushes.json`: as 0.9.0, or with a VAE that denoises, as later ones."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     LTXPipeline(
         tokenizer=wrapped(tokenizer),
-        text_encoder=T5EncoderModel(
-            T5Config(
-                vocab_size=tokenizer.get_vocab_size(),
-                d_model=TEXT_DIM,
-                d_kv=8,
-                d_ff=32,
-                num_layers=1,
-                num_heads=2,
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        ).eval(),
-        vae=_louder(
-            AutoencoderKLLTXVideo(
-                latent_channels=CHANNELS,
-                block_out_channels=(8, 8, 8, 8),
-                decoder_block_out_channels=(8, 8, 8, 8),
-                layers_per_block=(1, 1, 1, 1, 1),
-                decoder_layers_per_block=(1, 1, 1, 1, 1),
-            )
-        ),
+        text_encoder=tiny_t5(tokenizer.get_vocab_size()),
+        vae=tiny_ltx_vae(newer),
         transformer=_louder(
             LTXVideoTransformer3DModel(
                 in_channels=CHANNELS,
@@ -161,6 +147,93 @@ def build_tiny_ltx(path: Path) -> None:
         },
     }
     (path / "rushes.json").write_text(json.dumps(settings))
+
+
+def tiny_ltx_vae(newer: bool) -> Any:
+    style: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    }
+    if newer:
+        style = {
+            "block_out_channels": (8, 8, 8, 8, 8),
+            "decoder_block_out_channels": (8, 16, 32),
+            "layers_per_block": (1, 1, 1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1, 1),
+            "spatio_temporal_scaling": (True, True, True, True),
+            "decoder_spatio_temporal_scaling": (True, True, True),
+            "decoder_inject_noise": (False, False, False, False),
+            "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+            "upsample_residual": (True, True, True),
+            "upsample_factor": (2, 2, 2),
+            "timestep_conditioning": True,
+            "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
+        }
+    return _louder(AutoencoderKLLTXVideo(latent_channels=CHANNELS, **style))
+
+
+def build_tiny_cogvideox(path: Path, *, newer: bool = False) -> None:
+    """Write a `CogVideoXPipeline` directory: as 2B, with sines and DDIM, or as 1.5-5B: RoPE, patches in time, DPM."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    positions: dict[str, Any] = {"sample_height": 8, "sample_width": 12, "sample_frames": 9}
+    if newer:
+        positions |= {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False}
+        positions |= {"sample_height": 16, "sample_width": 16}
+    schedule: dict[str, Any] = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "snr_shift_scale": 1.0 if newer else 3.0,
+    }
+    CogVideoXPipeline(
+        tokenizer=wrapped(tokenizer),
+        text_encoder=tiny_t5(tokenizer.get_vocab_size()),
+        vae=AutoencoderKLCogVideoX(
+            latent_channels=CHANNELS,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7,
+        ).eval(),
+        transformer=tiny_cogvideox_transformer(**positions),
+        scheduler=(CogVideoXDPMScheduler if newer else CogVideoXDDIMScheduler)(**schedule),
+    ).save_pretrained(path)
+    settings = {
+        "name": "tiny-cogvideox",
+        "fps": 8,
+        "max_tokens": MAX_TOKENS,
+        "sampler": {"num_inference_steps": 4, "guidance_scale": 3.0},
+        "limits": {
+            "default_size": [64, 64],
+            "min_side": 64,
+            "max_side": 128,
+            "size_multiple": 16,
+            "default_seconds": 1,
+            "max_seconds": 2,
+        },
+    }
+    (path / "rushes.json").write_text(json.dumps(settings))
+
+
+def tiny_cogvideox_transformer(**config: Any) -> Any:
+    return _louder(
+        CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            time_embed_dim=16,
+            text_embed_dim=TEXT_DIM,
+            num_layers=1,
+            max_text_seq_length=MAX_TOKENS,
+            **config,
+        )
+    )
 
 
 def wrapped(tokenizer: Tokenizer) -> Any:
@@ -212,6 +285,21 @@ def tiny_captioner() -> Captioner:
     return captioner.eval()
 
 
+def tiny_t5(vocabulary: int) -> Any:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=TEXT_DIM,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    ).eval()
+
+
 def tiny_text_encoder(vocabulary: int) -> Any:
     return UMT5EncoderModel(
         UMT5Config(
@@ -251,6 +339,8 @@ def tiny_transformer(layers: int = 1) -> Any:
 
 def tiny_vae(residual: bool = True, smaller: int = 2) -> Any:
     """Wan 2.2's kind: residual shortcuts, 2x2 patches, 16x smaller. Or Wan 2.1's: neither, and 2x or 8x smaller."""
+    # Its norms divide by the length of a few channels; with four of them that comes too close to zero for fp32.
+    width = 4 if residual else 6
     style: dict[str, Any] = {"dim_mult": [1, 2], "temperal_downsample": [True]}
     if smaller == 8:
         style = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True]}
@@ -267,8 +357,8 @@ def tiny_vae(residual: bool = True, smaller: int = 2) -> Any:
         }
     return _louder(
         AutoencoderKLWan(
-            base_dim=4,
-            decoder_base_dim=4,
+            base_dim=width,
+            decoder_base_dim=width,
             z_dim=CHANNELS,
             num_res_blocks=1,
             attn_scales=[],

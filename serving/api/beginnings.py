@@ -15,7 +15,6 @@ from starlette.datastructures import UploadFile
 
 from models.bundle import Manifest
 from serving.api.auth import may_see
-from serving.api.creation import work_of
 from serving.api.errors import ApiError
 from serving.api.fetching import FetchError, fetch
 from serving.jobs.artifacts import video_key
@@ -23,6 +22,7 @@ from serving.jobs.files import CHARACTER, StoredFile, is_character_id, is_file_i
 from serving.jobs.storage import Storage
 from serving.jobs.video import Video
 from serving.media.frames import UnreadableError, middle_frame, read_frames, write_exactly
+from serving.pipeline.pricing import work_of
 from serving.pipeline.stages import VideoSpec
 
 # How far a remix or an edit goes when the request doesn't say: far enough to change a colour.

@@ -7,16 +7,14 @@ from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel
 
-from models.bundle import Manifest
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import CreateVideoRequest
 from serving.jobs.store import Idempotency, Video, new_video_id
 from serving.jobs.targets import BadTarget, check_url
 from serving.jobs.video import INTERACTIVE
-from serving.pipeline.geometry import latent_shape
+from serving.pipeline.pricing import work_of
 from serving.pipeline.request import InvalidRequest, make_spec
-from serving.pipeline.stages import VideoSpec
 
 _MAX_KEY_CHARACTERS = 255
 
@@ -87,14 +85,6 @@ def new_video(
         work=work_of(manifest, spec),
         webhook_url=webhooks.checked(body.webhook_url),
     )
-
-
-def work_of(manifest: Manifest, spec: VideoSpec) -> float:
-    """Latent tokens through the denoiser, over all rows, steps and seeds."""
-    _, frames, height, width = latent_shape(manifest, spec)
-    tokens = frames * (height // manifest.latent.patch) * (width // manifest.latent.patch)
-    rows = 2 if spec.guidance_scale > 1 else 1
-    return float(tokens * rows * spec.num_inference_steps * spec.best_of)
 
 
 def idempotency(key: str | None, body: BaseModel, source: str = "") -> Idempotency | None:

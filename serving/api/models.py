@@ -21,6 +21,11 @@ class Catalog:
     aliases: Mapping[str, str]
     rewriter: RewriterConfig = field(default_factory=RewriterConfig)
 
+    @property
+    def priced(self) -> list[str]:
+        """Those whose cost was measured."""
+        return [name for name, bundle in self.bundles.items() if bundle.manifest.cost is not None]
+
     def resolve(self, name: str | None) -> tuple[str, Manifest]:
         """A request's `model`. Raises `ApiError` (404) for one that isn't served."""
         if name is None:

@@ -107,9 +107,10 @@ def references_router(
 
     def again(body: RemixVideoRequest, source: Video, owner: str | None, param: str) -> tuple[Video, Manifest]:
         """A video with another one's settings."""
-        if isinstance(body, EditVideoRequest) and body.model is not None:
-            message = "model is for uploaded videos; this video has its own."
-            raise ApiError(400, message, param="model", code="invalid_value")
+        for name in ("model", "size"):
+            if getattr(body, name, None) is not None:
+                message = f"{name} is for uploaded videos; this video has its own."
+                raise ApiError(400, message, param=name, code="invalid_value")
         request = source.request
         model, manifest = catalog.resolve(source.model)
         check_encodes(manifest, param)
@@ -133,6 +134,7 @@ def references_router(
         asked = CreateVideoRequest(
             prompt=body.prompt,
             model=model,
+            size=body.size,
             seed=body.seed,
             rewrite_prompt=body.rewrite_prompt,
             webhook_url=body.webhook_url,

@@ -99,6 +99,9 @@ class EditVideoRequest(RemixVideoRequest):
     """The body of `POST /v1/videos/edits`, beside the `video` itself."""
 
     model: str | None = Field(default=None, description="For an uploaded video; else it is the video's own.")
+    size: str | None = Field(
+        default=None, description="For an uploaded video, which is cut to cover it; else it is the video's own."
+    )
 
 
 class ExtendVideoRequest(EditVideoRequest):
@@ -178,9 +181,12 @@ class VideoObject(BaseModel):
     guidance_scale: float
     best_of: int
     scene_prompts: list[ScenePrompt]
+    estimated_seconds_left: float | None = Field(
+        default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
+    )
 
 
-def video_object(video: Video) -> VideoObject:
+def video_object(video: Video, *, estimated_seconds_left: float | None = None) -> VideoObject:
     failed = video.status is VideoStatus.FAILED
     return VideoObject(
         id=video.id,
@@ -204,6 +210,7 @@ def video_object(video: Video) -> VideoObject:
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
+        estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 
 

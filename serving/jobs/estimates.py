@@ -1,32 +1,68 @@
-"""How long a video will still take, as far as the ones before it tell."""
+"""How long a video will still take: by the bundle's measured cost at first, by the service's own last videos then."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 
-from sqlalchemy import Connection, func, select, tuple_
+from sqlalchemy import Connection, func, select
 
 from serving.jobs.database import Database
 from serving.jobs.tables import videos as _videos
 from serving.jobs.video import Video, VideoStatus
 
-# So many of the last videos say how fast the service is, and so much of the queue is looked at: an estimate must not
-# cost more than the answer that it goes with.
+# So many of the last videos say how fast the service is, and so much of the queue is looked at, once in a while for
+# all requests: an estimate must not cost more than the answer that it goes with.
 _SAMPLE = 20
-_QUEUE_AHEAD = 200
-_PACE_SECONDS = 5.0
+_QUEUE_AHEAD = 1000
+_LOOK_SECONDS = 2.0
+
+_columns = _videos.c
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The service at one moment.
+
+    `pace` is seconds for a unit of work by model; `places` are the first of the queue in its order, and `seconds_until`
+    what is to be done before each of them, and before what comes after them. `at_once` is how many are made beside each
+    other: as many as run, if the pace is of videos that did.
+    """
+
+    at: float
+    pace: Mapping[str, float]
+    at_once: int
+    places: list[tuple[int, float, str]]
+    seconds_until: list[float]
+    queued: int
+
+    def seconds_ahead(self, video: Video) -> float:
+        place = (video.priority, video.created_at, video.id)
+        index = bisect_left(self.places, place)
+        ahead = self.seconds_until[index]
+        if index == len(self.places) and self.queued > len(self.places):
+            # Behind what was looked at: how far is told by when it came, and the rest is taken to be like the first.
+            last = self.places[-1]
+            came = (video.created_at - last[1]) / max(1e-9, self.at - last[1]) if video.priority == last[0] else 1.0
+            ahead *= 1 + min(1.0, max(0.0, came)) * (self.queued - len(self.places)) / len(self.places)
+        return ahead / self.at_once
 
 
 class Estimates:
-    """Seconds, measured on this service's own last videos; nothing is known before the first one is completed."""
+    """`priced` are the models whose videos' `work` is in seconds: before the first one is completed it counts as it
+    is. Nothing is known of another model until then."""
 
-    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
-        self._database = database
-        self._clock = clock
-        self._pace: float | None = None
-        self._pace_until = 0.0
+    def __init__(
+        self, database: Database, *, priced: Collection[str] = (), clock: Callable[[], float] = time.time
+    ) -> None:
+        self._database, self._priced, self._clock = database, priced, clock
+        self._look: _Look | None = None
+        self._looking = asyncio.Lock()
 
     async def seconds_left(self, video: Video) -> float | None:
         """Until it is completed; None when nothing is known, 0 when it has ended."""
@@ -35,51 +71,55 @@ class Estimates:
         running = video.status is VideoStatus.IN_PROGRESS
         if running and video.progress >= 5 and video.started_at is not None:
             return (self._clock() - video.started_at) * (100 - video.progress) / video.progress
-        return await asyncio.to_thread(self._from_pace, video)
+        look = await self._recent()
+        pace = look.pace.get(video.model)
+        if pace is None:
+            return None
+        if running:
+            return max(0.0, pace * video.work - (self._clock() - (video.started_at or self._clock())))
+        return pace * video.work + look.seconds_ahead(video)
 
-    def _from_pace(self, video: Video) -> float | None:
+    async def _recent(self) -> _Look:
+        async with self._looking:
+            if self._look is None or not 0 <= self._clock() - self._look.at < _LOOK_SECONDS:
+                self._look = await asyncio.to_thread(self._look_at_it)
+            return self._look
+
+    def _look_at_it(self) -> _Look:
         with self._database.read() as connection:
-            if self._clock() >= self._pace_until:
-                self._pace, self._pace_until = _pace(connection), self._clock() + _PACE_SECONDS
-            if self._pace is None:
-                return None
-            if video.status is VideoStatus.IN_PROGRESS:
-                spent = self._clock() - (video.started_at or self._clock())
-                return max(0.0, self._pace * video.work - spent)
-            return self._pace * (video.work + _work_ahead(connection, video) / max(1, _running(connection)))
+            seen = _pace(connection)
+            pace = dict.fromkeys(self._priced, 1.0) | seen
+            queue = (
+                select(_columns.priority, _columns.created_at, _columns.id, _columns.model, _columns.work)
+                .where(_columns.status == VideoStatus.QUEUED)
+                .order_by(_columns.priority, _columns.created_at, _columns.id)
+                .limit(_QUEUE_AHEAD)
+            )
+            rows = connection.execute(queue).all()
+            places = [(row.priority, row.created_at, row.id) for row in rows]
+            seconds = [row.work * pace.get(row.model, 0.0) for row in rows]
+            queued = len(rows) if len(rows) < _QUEUE_AHEAD else _count(connection, VideoStatus.QUEUED)
+            at_once = max(1, _count(connection, VideoStatus.IN_PROGRESS)) if seen else 1
+        return _Look(self._clock(), pace, at_once, places, list(accumulate(seconds, initial=0.0)), queued)
 
 
-def _pace(connection: Connection) -> float | None:
-    """Seconds that a unit of work took a video, whatever ran beside it."""
-    columns = _videos.c
+def _pace(connection: Connection) -> dict[str, float]:
+    """Seconds that a unit of work took a video of each model, whatever ran beside it."""
     last = (
-        select(columns.work, columns.started_at, columns.completed_at)
-        .where(columns.status == VideoStatus.COMPLETED, columns.completed_at.is_not(None))
-        .order_by(columns.completed_at.desc())
+        select(_columns.model, _columns.work, _columns.started_at, _columns.completed_at)
+        .where(_columns.status == VideoStatus.COMPLETED, _columns.completed_at.is_not(None))
+        .order_by(_columns.completed_at.desc())
         .limit(_SAMPLE)
     )
-    rows = [row for row in connection.execute(last) if row.work and row.started_at is not None]
-    work = sum(row.work for row in rows)
-    return sum(row.completed_at - row.started_at for row in rows) / work if work else None
+    work: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
+    for row in connection.execute(last):
+        if row.work and row.started_at is not None:
+            work[row.model] += row.work
+            seconds[row.model] += row.completed_at - row.started_at
+    return {model: seconds[model] / work[model] for model in work}
 
 
-def _work_ahead(connection: Connection, video: Video) -> float:
-    columns = _videos.c
-    ahead = (
-        select(columns.work)
-        .where(
-            columns.status == VideoStatus.QUEUED,
-            tuple_(columns.priority, columns.created_at, columns.id) < (video.priority, video.created_at, video.id),
-        )
-        .order_by(columns.priority, columns.created_at, columns.id)
-        .limit(_QUEUE_AHEAD)
-        .subquery()
-    )
-    total: float | None = connection.execute(select(func.sum(ahead.c.work))).scalar_one()
-    return total or 0.0
-
-
-def _running(connection: Connection) -> int:
-    query = select(func.count()).select_from(_videos).where(_videos.c.status == VideoStatus.IN_PROGRESS)
-    count: int = connection.execute(query).scalar_one()
-    return count
+def _count(connection: Connection, status: VideoStatus) -> int:
+    query = select(func.count()).select_from(_videos).where(_columns.status == status)
+    return int(connection.execute(query).scalar_one())

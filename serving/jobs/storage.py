@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from serving.jobs.artifacts import Artifacts
 from serving.jobs.batches import BatchStore
 from serving.jobs.database import Database
-from serving.jobs.estimates import Estimates
 from serving.jobs.files import FileStore
 from serving.jobs.keys import KeyStore
 from serving.jobs.outbox import Outbox
@@ -20,7 +19,6 @@ class Storage:
 
     database: Database
     videos: SqlVideoStore
-    estimates: Estimates
     artifacts: Artifacts
     files: FileStore
     batches: BatchStore
@@ -33,7 +31,6 @@ class Storage:
         return cls(
             database,
             videos,
-            Estimates(database),
             artifacts,
             FileStore(database, artifacts),
             BatchStore(database, videos),

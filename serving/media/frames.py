@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 
 # In frames: a container's clock is coarse.
 _SLACK = 0.25
-# A video without times can't be longer than so many frames a second would make it.
-_MOST_FPS = 120
+# More frames a second are no video that anybody means: a small file can stand for millions that show at one time.
+_MOST_FPS = 1000
+# Files that hold pictures, and none that name other files or URLs to read them from, such as playlists.
+_FORMATS = (
+    "matroska,mov,avi,mpegts,mpeg,flv,ogg,asf,mxf,ivf,h264,hevc,m4v,gif,apng,avif,png_pipe,jpeg_pipe,webp_pipe,"
+    "bmp_pipe,tiff_pipe,jpegxl_pipe,ppm_pipe"
+)
 # What is larger is no video or picture that anybody means: a small file can stand for gigabytes.
 _MAX_PIXELS = 1 << 26
 
@@ -37,8 +42,10 @@ def read_frames(path: Path, *, fps: int, width: int, height: int) -> Iterator[ND
         stream = container.streams.video[0]
         began = float((stream.start_time or 0) * (stream.time_base or 0))
         due, at, shown = 0, 0.0, None
-        for frame in container.decode(stream):
+        for number, frame in enumerate(container.decode(stream)):
             at = ((frame.time or 0.0) - began) * fps
+            if number > _MOST_FPS * (1 + max(at, 0.0) / fps):
+                raise UnreadableError(f"it has more than {_MOST_FPS} frames a second")
             while shown is not None and due < at - _SLACK:
                 yield _covering(shown, width, height)
                 due += 1
@@ -102,12 +109,14 @@ def write_exactly(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int) -> 
 @contextmanager
 def _opened(path: Path) -> Iterator[InputContainer]:
     try:
-        with av.open(str(path)) as container:
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+        with av.open(str(path), options=options) as container:
             if not container.streams.video:
                 raise UnreadableError("it has no picture in it")
             codec: Any = container.streams.video[0].codec_context
             if codec.width * codec.height > _MAX_PIXELS:
                 raise UnreadableError(f"its {codec.width}x{codec.height} pixels are too many")
+            codec.options = {"max_pixels": str(_MAX_PIXELS)}  # a later frame may be larger than the first
             yield container
     except av.FFmpegError as error:
         reason = str(error.strerror or error).partition(":")[0]

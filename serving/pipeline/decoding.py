@@ -22,6 +22,8 @@ from serving.pipeline.geometry import first_frame
 from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
 
 _CACHE, _NEXT_CACHE = "cache_", "next_cache_"
+# Noise for decoding, apart from what the same seed gives denoising.
+_NOISE = (0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,21 +83,7 @@ class EngineDecoder:
         return sum(session.placed for session in self._sessions.values())
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        if chunk.index == 0:
-            self._sessions[video_id] = _Session()  # a replay starts afresh
-        session = self._sessions.get(video_id)
-        if session is None:
-            raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
-        session.users += 1
-        try:
-            async with session.turn:
-                frames = await self._decode(video_id, session, chunk)
-        finally:
-            session.users -= 1
-            session.idle_since = asyncio.get_running_loop().time()
-            if not session.placed and not session.users and self._sessions.get(video_id) is session:
-                del self._sessions[video_id]  # cancelled while it waited for a place
-            self._changed.set()
+        frames = await self._frames(video_id, spec.seed, chunk)
         start = first_frame(self._manifest, chunk.index)
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
@@ -103,6 +91,9 @@ class EngineDecoder:
         loop = asyncio.get_running_loop()
         encoded: EncodedFragment = await loop.run_in_executor(self._encode_thread, encode)
         return Fragment(index=chunk.index, frames=len(frames), first_frame=start, init=encoded.init, data=encoded.data)
+
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._frames(video_id, spec.seed, chunk)
 
     async def close(self, video_id: str) -> None:
         self._sessions.pop(video_id, None)
@@ -113,7 +104,25 @@ class EngineDecoder:
         await asyncio.to_thread(self._decode_thread.shutdown)
         await asyncio.to_thread(self._encode_thread.shutdown)
 
-    async def _decode(self, video_id: str, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
+    async def _frames(self, video_id: str, seed: int, chunk: LatentChunk) -> NDArray[np.uint8]:
+        """The chunk's frames uint8 `[n, height, width, 3]`, uncropped."""
+        if chunk.index == 0:
+            self._sessions[video_id] = _Session()  # a replay starts afresh
+        session = self._sessions.get(video_id)
+        if session is None:
+            raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
+        session.users += 1
+        try:
+            async with session.turn:
+                return await self._decode(video_id, seed, session, chunk)
+        finally:
+            session.users -= 1
+            session.idle_since = asyncio.get_running_loop().time()
+            if not session.placed and not session.users and self._sessions.get(video_id) is session:
+                del self._sessions[video_id]  # cancelled while it waited for a place
+            self._changed.set()
+
+    async def _decode(self, video_id: str, seed: int, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
         """In the session's turn: decode the chunk and move the cache on."""
         if chunk.index == 0:
             await self._place(session)
@@ -122,7 +131,7 @@ class EngineDecoder:
         # Until this call is through the cache belongs to no chunk; if it is cut short, the session is lost.
         session.next_chunk = -1
         frames, session.cache = await asyncio.get_running_loop().run_in_executor(
-            self._decode_thread, self._run, session.cache, chunk.latents
+            self._decode_thread, self._run, session.cache, self._feeds(seed, chunk)
         )
         session.next_chunk = chunk.index + 1
         if chunk.last and self._sessions.get(video_id) is session:
@@ -144,18 +153,28 @@ class EngineDecoder:
                     await self._changed.wait()
         session.placed = True
 
-    def _run(self, cache: dict[str, Array], latents: NDArray[np.float32]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
+    def _feeds(self, seed: int, chunk: LatentChunk) -> dict[str, Array]:
+        """What is decoded; noise belongs to a video's chunk, so that a replay decodes the same."""
+        feeds: dict[str, Array] = {"latents": chunk.latents[None]}
+        if self._manifest.decodes_with_noise:
+            sequence = np.random.SeedSequence(seed, spawn_key=(*_NOISE, chunk.index))
+            random = np.random.Generator(np.random.Philox(sequence))
+            feeds["noise"] = random.standard_normal(feeds["latents"].shape, dtype=np.float32)
+        return feeds
+
+    def _run(self, cache: dict[str, Array], feeds: dict[str, Array]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
         """Frames uint8 `[n, height, width, 3]` and the cache for the next chunk, in the engines' thread."""
         frames = []
-        batch = latents[None]
+        start, count = 0, feeds["latents"].shape[2]
         if not cache:
             # A causal VAE's first latent frame is unlike all others; any other VAE decodes best what it sees whole.
-            first = 1 if self._manifest.latent.streaming == "exact" else batch.shape[2]
-            outputs = self._first.run({"latents": batch[:, :, :first]})
-            frames.append(outputs.pop("frames")[0])
-            cache, batch = outputs, batch[:, :, first:]
-        if batch.shape[2]:
-            outputs = self._following.run({"latents": batch, **cache})
+            latent = self._manifest.latent
+            first = latent.first if latent.streaming == "exact" else count
+            cache = self._first.run({name: array[:, :, :first] for name, array in feeds.items()})
+            frames.append(cache.pop("frames")[0])
+            start = first
+        if start < count:
+            outputs = self._following.run({name: array[:, :, start:] for name, array in feeds.items()} | cache)
             frames.append(outputs.pop("frames")[0])
             cache = {_CACHE + name.removeprefix(_NEXT_CACHE): value for name, value in outputs.items()}
         return np.concatenate(frames), cache

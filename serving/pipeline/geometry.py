@@ -21,7 +21,7 @@ def latent_shape(manifest: Manifest, spec: VideoSpec) -> tuple[int, int, int, in
 
 def first_frame(manifest: Manifest, chunk: int) -> int:
     """The video frame that a chunk starts with: the first latent frame is one frame, each later one `temporal`."""
-    latents = chunk * manifest.chunk_latent_frames
+    latents = chunk * manifest.chunk_latent_frames + (manifest.latent.lead if chunk else 0)
     return 1 + (latents - 1) * manifest.latent.temporal if latents else 0
 
 

@@ -17,9 +17,15 @@ from models.bundle import GraphName, Manifest
 from models.samplers import SamplerTable, advance
 from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
-from serving.pipeline.stages import DenoiseRequest, LatentChunk
+from serving.pipeline.stages import DenoiseRequest, LatentChunk, SamplerState
 
 Floats = NDArray[np.float32]
+
+# How far from its last given frame, standing still, what a model makes begins that sees no frame without noise: after a
+# picture, and after a moving one. At full noise it would settle where things are without having seen where they were.
+# With the bundled model a ball that was moving jumps and leaves a ghost at 1, a bit at 0.8, and rolls on at 0.65;
+# a cube in a picture loses its shape at 1, and bounces less at 0.65 than at 0.8.
+PICTURE_STRENGTH, GOES_ON_STRENGTH = 0.8, 0.65
 
 
 def open_session(manifest: Manifest, request: DenoiseRequest, arrays: Arrays = HOST) -> Session:
@@ -30,17 +36,22 @@ def open_session(manifest: Manifest, request: DenoiseRequest, arrays: Arrays = H
 
 
 class Session(ABC):
-    """One video being denoised. Every call holds `rows` rows of it: the prompt's, and when guided the negative's."""
+    """One video being denoised. Every call holds `rows` rows of it: the prompt's, and when guided the negative's.
+
+    One that was begun elsewhere goes on from there, to the same bits: `calls_done` doesn't begin at 0 then.
+    """
 
     def __init__(self, manifest: Manifest, request: DenoiseRequest) -> None:
         spec, sampler = request.spec, manifest.sampler
+        self._manifest = manifest
         self._seed = spec.seed
         self._patch = manifest.latent.patch
         self._chunk_frames = manifest.chunk_latent_frames
         self._latent_shape = latent_shape(manifest, spec)
         tokens = math.prod(self._latent_shape[1:]) // self._patch**2
-        self._source = _Source(request, self._latent_shape)
-        skipped = 0 if spec.strength is None else skipped_steps(spec.num_inference_steps, spec.strength)
+        clean = manifest.rollout == "causal" or manifest.timesteps_by_frame
+        self._source = _Source(request, self._latent_shape, clean=clean)
+        skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
         self._texts = [request.conditional.hidden_states]
@@ -56,7 +67,7 @@ class Session(ABC):
 
     @property
     def chunks(self) -> int:
-        return -(-self._latent_shape[1] // self._chunk_frames)
+        return len(self._manifest.chunks(self._latent_shape[1]))
 
     @property
     def tokens_per_row(self) -> int:
@@ -67,7 +78,7 @@ class Session(ABC):
     @property
     @abstractmethod
     def calls(self) -> int:
-        """How many engine calls the video takes."""
+        """How many engine calls the video takes from its beginning."""
 
     @property
     def graph(self) -> GraphName:
@@ -84,8 +95,9 @@ class Session(ABC):
         """The next call's inputs, each `[rows, …]`."""
 
     @abstractmethod
-    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
-        """Go on from the call's outputs, each `[rows, …]`; returns the chunks that this call finished."""
+    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
+        """Go on from the call's outputs, each `[rows, …]`; returns the chunks that this call finished, or a state that
+        is worth keeping."""
 
 
 class BidirectionalSession(Session):
@@ -97,9 +109,21 @@ class BidirectionalSession(Session):
             raise ValueError(f"{request.video_id}: {manifest.name} is bidirectional, so its prompt can't change")
         self._text = np.stack(self._texts)
         self._noise = _Noise(self._seed)
-        noise = self._noise.draw(self._latent_shape)
-        self._held = self._source.within(0, noise)
+        channels, frames, height, width = self._latent_shape
+        self._added = -frames % manifest.latent.patch_frames
+        self._shape = (channels, self._added + frames, height, width)
+        noise = self._noise.draw(self._shape)
+        self._held = self._source.within(0, noise, clean=manifest.timesteps_by_frame)
         self._state = self._held.begin(self._table, noise)
+        self._state_every = request.state_every
+        if request.begun.state is not None:
+            self._go_on_from(request)
+
+    def _go_on_from(self, request: DenoiseRequest) -> None:
+        begun, step = request.begun.state, request.begun.step
+        if begun is None or begun.shape != self._state.shape or not 0 < step < self.calls:
+            raise ValueError(f"{request.video_id}: what was kept after step {step} is not of this video")
+        self._state, self.calls_done = begun, step
 
     @property
     def calls(self) -> int:
@@ -111,26 +135,37 @@ class BidirectionalSession(Session):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self._latent_shape
+        return self._shape
 
     def feeds(self) -> dict[str, Array]:
         return {
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
-            "timestep": np.repeat(self._table.timesteps[self.calls_done], self.rows),
+            "timestep": self._timesteps(),
             "encoder_hidden_states": self._text,
         }
 
-    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
+    def _timesteps(self) -> Floats:
+        """For each row, or for each of its frames: then those that are given are at 0, since they are clean."""
+        timestep = self._table.timesteps[self.calls_done]
+        if not self._manifest.timesteps_by_frame:
+            return np.repeat(timestep, self.rows)
+        by_frame = np.full((self.rows, self._shape[1]), timestep)
+        by_frame[:, : self._held.frames] = 0
+        return by_frame
+
+    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
         self._state = _advance(self._table, self.calls_done, self._state, outputs["velocity"], self._noise)
         self.calls_done += 1
         self._held.put(self._state, float(self._table.sigmas[self.calls_done]))
         if self.calls_done < self.calls:
-            return []
-        latents, size = self._state[0], self._chunk_frames
-        starts = range(0, latents.shape[1], size)
+            kept = self._state_every and self.calls_done % self._state_every == 0
+            # Not a copy: a step makes a new array and leaves this one as it is.
+            return [SamplerState(self.calls_done, self._state)] if kept else []
+        latents = self._state[0][:, self._added :]
+        parts = self._manifest.chunks(latents.shape[1])
         return [
-            LatentChunk(i, np.ascontiguousarray(latents[:, start : start + size]), last=start == starts[-1])
-            for i, start in enumerate(starts)
+            LatentChunk(i, np.ascontiguousarray(latents[:, part]), last=i == len(parts) - 1)
+            for i, part in enumerate(parts)
         ]
 
 
@@ -139,7 +174,9 @@ class CausalSession(Session):
 
     A chunk is out before that pass, which the last one doesn't need; one that is given takes that pass alone. All that
     a chunk depends on is the cache and noise of its own, drawn from the seed and its index; so the start of a video
-    doesn't depend on its length, and neither do a call's cost and the memory that is held.
+    doesn't depend on its length, and neither do a call's cost and the memory that is held. A chunk that was finished
+    elsewhere takes that pass alone too, from the first one on: in all but one layer a chunk's part of the cache depends
+    on the chunks before it.
     """
 
     _state: Floats
@@ -155,12 +192,20 @@ class CausalSession(Session):
         causal = manifest.causal
         # One allocation for the whole video; a chunk overwrites the one that has left the window.
         self._cache = arrays.zeros((self.rows, causal.layers, 2, self._window.cached_frames, *grid, causal.dim))
+        self._finished = request.begun.chunks
+        if len(self._finished) >= self.chunks:
+            raise ValueError(f"{request.video_id}: all {self.chunks} chunks are finished")
+        self.calls_done = max(0, len(self._finished) - self._given) * self._table.steps
         self._begin_chunk(0)
 
     @property
     def calls(self) -> int:
-        given = self._source.frames // self._chunk_frames
-        return given + (self.chunks - given) * (self._table.steps + 1) - 1
+        return self._given + (self.chunks - self._given) * (self._table.steps + 1) - 1
+
+    @property
+    def _given(self) -> int:
+        """Chunks that are nothing but what the video begins from."""
+        return self._source.frames // self._chunk_frames
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -178,13 +223,13 @@ class CausalSession(Session):
             "write_index": np.full(self.rows, self._chunk, np.int64),
         }
 
-    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
+    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
         self.calls_done += 1
         if self._step == self._table.steps:
             self._cache[:, :, :, self._window.frames_of(self._chunk)] = outputs["chunk_cache"]
-            given = [self._shown()] if self._held.whole else []
+            given = [self._shown()] if self._held.whole and self._chunk >= len(self._finished) else []
             self._begin_chunk(self._chunk + 1)
-            return given
+            return [*given]
         self._state = _advance(self._table, self._step, self._state, outputs["velocity"], self._noise)
         self._step += 1
         self._held.put(self._state, float(self._table.sigmas[self._step]))
@@ -204,9 +249,13 @@ class CausalSession(Session):
         noise = self._noise.draw(self.shape)
         self._held = self._source.within(chunk * self._chunk_frames, noise)
         self._state = self._held.begin(self._table, noise)
-        self._step = self._table.steps if self._held.whole else 0
-        if self._held.whole:
+        self._step = 0
+        if chunk < len(self._finished):
+            self._state[0] = self._finished[chunk]
+            self._step = self._table.steps
+        elif self._held.whole:
             self._held.put(self._state, 0.0)
+            self._step = self._table.steps
 
 
 class _Noise:
@@ -223,10 +272,15 @@ class _Noise:
 class _Source:
     """The latents that a request begins from: its own first frames, a draft of all of them, or none."""
 
-    def __init__(self, request: DenoiseRequest, shape: tuple[int, int, int, int]) -> None:
-        """Raises `ValueError` for latents that don't fit the video's."""
+    def __init__(self, request: DenoiseRequest, shape: tuple[int, int, int, int], *, clean: bool) -> None:
+        """`clean` says that the model sees what is given as it is, without noise.
+
+        Raises `ValueError` for latents that don't fit the video's.
+        """
         self._latents, self._draft = request.source, request.spec.strength is not None
+        self._goes_on = False
         self.frames = 0
+        self.strength = 1.0 if request.spec.strength is None else request.spec.strength
         if self._latents is None:
             return
         channels, frames, *sides = shape
@@ -238,13 +292,22 @@ class _Source:
         if not self._draft and given[1] >= frames:
             raise ValueError(f"{request.video_id}: {given[1]} latent frames are given, so none is left to make")
         self.frames = 0 if self._draft else given[1]
+        self._goes_on = self.frames > 0 and not clean
+        if self._goes_on:
+            self.strength = GOES_ON_STRENGTH if self.frames > 1 else PICTURE_STRENGTH
 
-    def within(self, first: int, noise: Floats) -> _Held:
-        """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`."""
+    def within(self, first: int, noise: Floats, *, clean: bool = False) -> _Held:
+        """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`.
+
+        `clean`: frames that are given have no noise at any step, as a model knows them that was trained with pictures.
+        """
         if self._latents is None:
             return _Held(None, None, noise)
         part = self._latents[:, first : first + noise.shape[1]]
-        return _Held(None, part, noise) if self._draft else _Held(part, None, noise)
+        if self._draft:
+            return _Held(None, part, noise)
+        still = np.repeat(part[:, -1:], noise.shape[1] - part.shape[1], axis=1) if self._goes_on else None
+        return _Held(part, None if still is None else np.concatenate([part, still], axis=1), noise, clean=clean)
 
 
 class _Held:
@@ -252,10 +315,11 @@ class _Held:
     (the known region of RePaint, arXiv 2201.09865, without its resampling); a draft only begins there (SDEdit,
     arXiv 2108.01073)."""
 
-    def __init__(self, kept: Floats | None, draft: Floats | None, noise: Floats) -> None:
-        self._kept, self._draft = kept, draft
-        self._noise = noise[:, : kept.shape[1]].copy() if kept is not None else None
-        self.whole = kept is not None and kept.shape[1] == noise.shape[1]
+    def __init__(self, kept: Floats | None, draft: Floats | None, noise: Floats, *, clean: bool = False) -> None:
+        self._kept, self._draft, self._clean = kept, draft, clean
+        self.frames = 0 if kept is None else kept.shape[1]
+        self._noise = noise[:, : self.frames].copy()
+        self.whole = kept is not None and self.frames == noise.shape[1]
 
     def begin(self, table: SamplerTable, noise: Floats) -> Floats:
         """The sampler's first state float32 `[1 + history, …]`, with an empty history."""
@@ -267,9 +331,9 @@ class _Held:
 
     def put(self, state: Floats, sigma: float) -> None:
         """Put what is given back into a state at this noise level."""
-        if self._kept is not None and self._noise is not None:
-            level = np.float32(sigma)
-            state[0, :, : self._kept.shape[1]] = (1 - level) * self._kept + level * self._noise
+        if self._kept is not None:
+            level = np.float32(0 if self._clean else sigma)
+            state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
 
 
 def skipped_steps(steps: int, strength: float) -> int:

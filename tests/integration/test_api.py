@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service import MAX_BODY, Service, assert_envelope
+from service import MAX_REFERENCE_BODY, Service, assert_envelope
 
 from models.bundle import Bundle
 from serving.api.streams import follow_video
@@ -141,8 +141,8 @@ async def test_a_file_is_refused_by_name(service: Service, client: httpx.AsyncCl
         (b"--x\r\nbroken", "multipart/form-data; boundary=x", 400),
         (b"prompt=a", "multipart/form-data", 400),
         (b"<prompt/>", "application/xml", 415),
-        (b'{"prompt": "' + b"a" * MAX_BODY + b'"}', "application/json", 413),
-        (b"prompt=" + b"a" * MAX_BODY, "application/x-www-form-urlencoded", 413),
+        (b'{"prompt": "' + b"a" * MAX_REFERENCE_BODY + b'"}', "application/json", 413),
+        (b"prompt=" + b"a" * MAX_REFERENCE_BODY, "application/x-www-form-urlencoded", 413),
     ],
     ids=range(12),
 )

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from pictures import PICTURE, clip, data_url, shaded
-from service import Service, assert_envelope
+from service import REFERENCES, Service, assert_envelope
 
 from models.bundle import Bundle
 from serving.jobs.artifacts import video_key
@@ -96,7 +96,7 @@ async def test_bad_characters_are_refused_and_leave_nothing(
         ({"name": "a"}, b"no video", 400, "video"),
         ({"name": "a"}, good[: len(good) // 4], 400, "video"),
         ({"name": "a"}, long, 400, "video"),
-        ({"name": "a"}, b"\0" * ((32 << 20) + 1), 413, "video"),
+        ({"name": "a"}, b"\0" * (REFERENCES.max_bytes + 1), 413, "video"),
     ]
     for form, video, status, param in bad:
         files = None if video is None else {"video": ("a.mp4", video, "video/mp4")}

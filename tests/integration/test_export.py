@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import onnx
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM, tiny_vae
 from tokenizers import Tokenizer
 
@@ -20,8 +23,10 @@ from export import checkpoint as export_checkpoint_module
 from export import parity, workspace
 from export.checkpoint import export_checkpoint
 from export.onnx import ExportError, WeightFile, export_graph, leaks
-from models import wan_graphs
+from export.settings import CheckpointSettings
+from models import stored, wan_graphs
 from models.bundle import SERVED_GRAPHS, Bundle, GraphName
+from models.families import open_checkpoint
 from models.graph import Graph
 from models.wan import DecoderFirst, DecoderNext, WanCheckpoint
 from models.wan_encoder import GROUP, EncoderFirst, EncoderNext
@@ -51,6 +56,14 @@ def denormalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return latents / std + mean
 
 
+def in_one_go(vae: Any, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Full decoding in float64: the error that is left is the graph's own, whatever this machine's fp32 kernels do."""
+    exact = copy.deepcopy(vae).double()
+    with torch.no_grad():
+        pixels: np.ndarray[Any, np.dtype[np.float64]] = exact.decode(denormalised(vae, latents).double()).sample.numpy()
+    return pixels
+
+
 def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> None:
     tiny_bundle.verify()
     manifest = tiny_bundle.manifest
@@ -61,6 +74,8 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
         "spatial": 16,
         "temporal": 4,
         "patch": 2,
+        "patch_frames": 1,
+        "group": 1,
         "streaming": "exact",
     }
     assert manifest.sampler.model_dump() == {
@@ -68,6 +83,7 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
         "shift": 3.0,
         "token_shift": None,
         "terminal": None,
+        "betas": None,
         "num_train_timesteps": 1000,
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
@@ -148,10 +164,13 @@ def test_the_denoiser_is_diffusers_transformer(shape: tuple[int, ...], pipe: Any
     latents = torch.randn(batch, CHANNELS, *size, generator=random)
     timestep = torch.rand(batch, generator=random) * 1000
     text = torch.randn(batch, MAX_TOKENS, TEXT_DIM, generator=random)
+    # One for each frame, and for diffusers one for each token: TI2V-5B's way.
+    timestep = timestep[:, None] * (torch.arange(size[0]) > 0)
+    by_token = timestep.repeat_interleave(size[1] * size[2] // 4, dim=1)
     feeds = {"latents": latents, "timestep": timestep, "encoder_hidden_states": text}
     (got,) = sessions["denoiser"].run(None, {name: value.numpy() for name, value in feeds.items()})
     with torch.no_grad():
-        expected = pipe.transformer(latents, timestep, text, return_dict=False)[0].numpy()
+        expected = pipe.transformer(latents, by_token, text, return_dict=False)[0].numpy()
     assert got.shape == latents.shape
     assert np.abs(got - expected).max() <= TOLERANCE
     assert expected.std() > 0.1
@@ -170,8 +189,7 @@ def test_streamed_decoding_is_full_decoding(
 ) -> None:
     batch, height, width = size
     latents = torch.randn(batch, CHANNELS, frames, height, width, generator=torch.Generator().manual_seed(frames))
-    with torch.no_grad():
-        whole = pipe.vae.decode(denormalised(pipe.vae, latents)).sample.numpy()
+    whole = in_one_go(pipe.vae, latents)
     assert whole.shape == (batch, 3, 1 + 4 * (frames - 1), 16 * height, 16 * width)
     for chunks in chunkings(frames):
         streamed = list(parity.stream(sessions["decoder_first"], sessions["decoder_next"], latents, chunks))
@@ -206,8 +224,7 @@ def test_streamed_decoding_in_the_older_style(
     vae, first, following = wan21
     batch, height, width = size
     latents = torch.randn(batch, CHANNELS, frames, height, width, generator=torch.Generator().manual_seed(frames))
-    with torch.no_grad():
-        whole = vae.decode(denormalised(vae, latents)).sample.numpy()
+    whole = in_one_go(vae, latents)
     for chunks in chunkings(frames):
         streamed = list(parity.stream(first, following, latents, chunks))
         assert np.abs(np.concatenate(streamed, axis=2) - whole).max() <= TOLERANCE
@@ -296,6 +313,33 @@ def test_weights_that_fit_fp16_are_stored_in_it(tmp_path: Path) -> None:
     assert size("full") == 64 * 64 * 4
     module.weight.data = module.weight.data.half().float()
     assert size("half") == 64 * 64 * 2
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "denoiser"])
+def test_weights_that_stay_on_disk_make_the_same_files(
+    part: GraphName, tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Placeholders are traced, turned and renamed like weights, and each is read when it is written."""
+    monkeypatch.setattr(stored, "LARGE", 100)
+    plan = replace(CheckpointSettings.load(tiny_checkpoint).plan(tiny_checkpoint), lazily=True)
+    graph = next(graph for graph in open_checkpoint(tiny_checkpoint, plan).graphs(plan) if graph.name == part)
+    assert graph.stored is not None
+    assert len(graph.stored.places) > 5
+    export_graph(graph, WeightFile(tmp_path / graph.weights))
+    for name in (graph.file, graph.weights):
+        assert (tmp_path / name).read_bytes() == (tiny_bundle.root / name).read_bytes()
+
+
+def test_a_weight_that_is_not_on_disk_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (weights,) = (checkpoint / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors["proj_out.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(ExportError, match=r"lacks the weight proj_out\.weight"):
+        export_checkpoint(checkpoint, tmp_path / "out" / "bundle", verify=False)
+    assert not (tmp_path / "out").exists()
 
 
 # What goes wrong leaves nothing behind.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import BOUNDARY_RATIO
+from tiny import BOUNDARY_RATIO, tiny_ltx_vae
 
 from export import parity
+from export.checkpoint import export_checkpoint
+from export.onnx import ExportError
 from export.proof import LEAST_PSNR
 from export.settings import CheckpointSettings
 from models.bundle import SERVED_GRAPHS, Bundle
 from models.families import open_checkpoint
+from models.ltx import DecoderFirst
 from serving.engines.engine import Array
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
 from serving.pipeline.denoising import EngineDenoiser
@@ -40,12 +45,12 @@ async def fragments_of(pipeline: LocalPipeline, **asked: Any) -> list[Fragment]:
     return fragments
 
 
-@pytest.mark.parametrize("kind", ["experts", "ltx", "causal"])
+@pytest.mark.parametrize("kind", ["experts", "ltx", "causal", "cogvideox"])
 def test_a_bundle_is_proven(kind: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"tiny_{kind}_bundle")
     bundle.verify()
     manifest = bundle.manifest
-    assert manifest.family == ("ltx" if kind == "ltx" else "wan")
+    assert manifest.family == (kind if kind in ("ltx", "cogvideox") else "wan")
     assert manifest.proof is not None
     assert manifest.proof.reference == ("the same rollout in torch" if kind == "causal" else "diffusers' pipeline")
     assert manifest.proof.psnr_db >= manifest.proof.worst_frame_psnr_db >= LEAST_PSNR
@@ -111,18 +116,48 @@ async def test_videos_at_different_noise_share_the_denoiser(tiny_experts_bundle:
 
 async def test_ltx_makes_a_video(tiny_ltx_bundle: Bundle) -> None:
     manifest = tiny_ltx_bundle.manifest
+    assert manifest.decodes_with_noise
     async with LocalPipeline.open(tiny_ltx_bundle) as pipeline:
         made = await fragments_of(pipeline)
+        assert made == await fragments_of(pipeline)
     assert [fragment.frames for fragment in made] == [9]
     assert manifest.latent.model_dump() == {
         "channels": 8,
         "spatial": 32,
         "temporal": 8,
         "patch": 1,
+        "patch_frames": 1,
+        "group": 1,
         "streaming": "overlapped",
     }
     assert manifest.sampler.token_shift is not None
     assert manifest.sampler.terminal == 0.1
+
+
+@pytest.mark.parametrize("newer", [True, False], ids=["0.9.5", "0.9.0"])
+def test_both_kinds_of_ltx_decode_as_diffusers_does(newer: bool) -> None:
+    torch.manual_seed(4)
+    vae, latents = tiny_ltx_vae(newer), torch.randn(2, 8, 3, 2, 3)
+    decoder = DecoderFirst(vae, 0.05, 0.025)
+    given = (latents, torch.randn_like(latents)) if newer else (latents,)
+    with torch.no_grad():
+        prepared, timestep = latents * decoder.std + decoder.mean, None
+        if newer:
+            prepared, timestep = 0.975 * prepared + 0.025 * given[1], torch.full((2,), 0.05)
+        expected = vae.decode(prepared, timestep).sample.clamp(-1, 1)
+        assert (decoder(*given)[1] - expected).abs().max() <= 1e-5
+    assert expected.std() > 0.1
+
+
+def test_ltx_that_draws_noise_in_its_layers_is_refused(tiny_ltx_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_ltx_checkpoint, tmp_path / "checkpoint")
+    config = tmp_path / "checkpoint" / "vae" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"decoder_inject_noise": [True, False, False, False]})
+    )
+    with pytest.raises(ExportError, match="draws noise in its layers"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out" / "bundle")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ltx_says_what_its_seams_cost(tiny_ltx_bundle: Bundle) -> None:
@@ -139,7 +174,7 @@ def test_a_seam_is_local(tiny_ltx_bundle: Bundle, tiny_ltx_checkpoint: Path) -> 
     latents = torch.randn(1, 8, 20, 2, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = family.decode(latents).clamp(-1, 1).numpy()
-    streamed = np.concatenate(list(parity.stream(*sessions, latents, [10, 10], whole_first=True)), axis=2)
+    streamed = np.concatenate(list(parity.stream(*sessions, latents, [10, 10], opening=10)), axis=2)
     assert streamed.shape == whole.shape == (1, 3, 153, 64, 64)
     error = np.abs(streamed - whole).max(axis=(0, 1, 3, 4))
     assert error[0] <= parity.TOLERANCE

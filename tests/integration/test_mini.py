@@ -1,11 +1,19 @@
 """The model in the repository: whole, within its size, and diffusers' own."""
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.bundle import Bundle
+from serving.media.fmp4 import remux_to_mp4
+from serving.media.frames import read_all
+from serving.pipeline.local import LocalPipeline
+from serving.pipeline.request import make_spec
+from serving.pipeline.stages import Fragment, VideoSpec
 
 MINI = Path(__file__).parents[2] / "models" / "mini"
 MAX_BYTES = 80_000_000
@@ -49,3 +57,29 @@ def test_diffusers_runs_the_checkpoint():
     assert np.isfinite(frames).all()
     assert sky[2] > sky[0]
     assert sky.mean() > 0.4
+
+
+async def test_the_bundle_encodes_the_frames_that_an_extension_begins_with() -> None:
+    bundle = Bundle.load(MINI / "bundle")
+    asked = {"seconds": 1, "size": "128x128", "seed": 3, "num_inference_steps": 4}
+    spec = make_spec(bundle.manifest, "a large red ball moving right on a grey floor at noon", **asked)
+    async with LocalPipeline.open(bundle) as pipeline:
+        begun = await frames_of(pipeline, spec, None)
+        longer = replace(spec, frames=33, source="videos/a/source", source_frames=17)
+        shown = await frames_of(pipeline, longer, begun)
+    assert (len(begun), len(shown)) == (17, 33)
+    noise = float(np.mean((shown[:17] / 255 - begun / 255) ** 2))
+    assert -10 * np.log10(noise) > 30
+
+
+async def frames_of(pipeline: LocalPipeline, spec: VideoSpec, source: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    made: list[Fragment] = []
+
+    async def sink(fragment: Fragment) -> None:
+        made.append(fragment)
+
+    await pipeline.generate(spec, sink, source=source)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.mp4"
+        remux_to_mp4(made[0].init, (fragment.data for fragment in made), path)
+        return read_all(path, spec.width, spec.height, spec.frames)

@@ -327,7 +327,7 @@ def test_a_row_is_the_same_bits_in_any_batch(tiny_bundle: Bundle, threads: int) 
     for frames, height, width in [(5, 6, 8), (1, 4, 4)]:
         feeds = {
             "latents": rng.standard_normal((8, latent.channels, frames, height, width), dtype=np.float32),
-            "timestep": rng.uniform(0, 1000, 8).astype(np.float32),
+            "timestep": rng.uniform(0, 1000, (8, frames)).astype(np.float32),
             "encoder_hidden_states": rng.standard_normal((8, text.max_tokens, text.dim), dtype=np.float32),
         }
         alone = [reference.run({k: v[i : i + 1] for k, v in feeds.items()})["velocity"][0] for i in range(8)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
+import zlib
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from pictures import PICTURE, Frames, clip, data_url, png, shaded
-from service import Service, WholeService, assert_envelope
+from service import REFERENCES, Service, WholeService, assert_envelope
 
 from models.bundle import Bundle
 from serving.jobs.artifacts import video_key
@@ -97,6 +99,12 @@ async def test_a_picture_of_another_shape_covers_the_size(service: Service, clie
     assert source[:, 0, 0].mean() > 30  # its left edge lies outside
 
 
+def with_sides(picture: bytes, width: int, height: int) -> bytes:
+    """A PNG whose header says that it is of another size."""
+    header = b"IHDR" + struct.pack(">II", width, height) + picture[24:29]
+    return picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
+
+
 BAD_PICTURES: list[tuple[Any, int]] = [
     ("a picture", 400),
     (7, 400),
@@ -113,7 +121,23 @@ BAD_PICTURES: list[tuple[Any, int]] = [
     ({"image_url": "http://127.0.0.1:1/a.png"}, 400),
     ({"image_url": "http://[::1]:1/a.png"}, 400),
     ({"image_url": "http://169.254.169.254/latest/meta-data"}, 400),
+    ({"image_url": "http://10.0.0.1/a.png"}, 400),
+    ({"image_url": "http://localhost:1/a.png"}, 400),
+    ({"image_url": "http://127.1:1/a.png"}, 400),
+    ({"image_url": "http://2130706433:1/a.png"}, 400),
+    ({"image_url": "http://[::ffff:127.0.0.1]:1/a.png"}, 400),
+    ({"image_url": "http://[64:ff9b::7f00:1]:1/a.png"}, 400),
+    ({"image_url": "http://user:password@127.0.0.1:1/a.png"}, 400),
+    ({"image_url": "http:///a.png"}, 400),
+    ({"image_url": "http://127.0.0.1:99999/a.png"}, 400),
+    ({"image_url": "http://a b/"}, 400),
+    ({"image_url": "https://example.com/" + "a" * 3000}, 400),
     ({"image_url": "file:///etc/passwd"}, 400),
+    ({"image_url": "/etc/passwd"}, 400),
+    ({"image_url": data_url(b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "image/svg+xml")}, 400),
+    ({"image_url": data_url(with_sides(PICTURE, 60_000, 60_000))}, 400),
+    ({"image_url": data_url(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")}, 400),
+    ({"image_url": data_url(b"ffconcat version 1.0\nfile videos.db\n")}, 400),
     ({"file_id": "file-" + "0" * 32}, 404),
     ({"file_id": "../../videos.db"}, 404),
 ]
@@ -133,7 +157,9 @@ async def test_what_else_is_refused_leaves_nothing(service: Service, client: htt
     assert_envelope(await client.post("/v1/videos", **upload(moving)), 400, "input_reference")
     assert_envelope(await client.post("/v1/videos", **upload(b"")), 400, "input_reference")
     assert_envelope(await client.post("/v1/videos", **upload(size="65x64")), 400, "size")
-    assert_envelope(await client.post("/v1/videos", **upload(b"\0" * (33 << 20))), 413, "input_reference")
+    assert_envelope(
+        await client.post("/v1/videos", **upload(b"\0" * (REFERENCES.max_bytes + 1))), 413, "input_reference"
+    )
     assert_envelope(await client.post("/v1/videos/edits", json={"prompt": "a"}), 400, "video")
     assert_envelope(await client.post("/v1/videos/edits", json={"video": {"id": "video_1"}}), 400, "prompt")
     for video in ("video_1", {"id": 7}, {"id": "video_1", "x": 1}, {}, ["video_1"]):
@@ -200,14 +226,20 @@ async def test_an_extension_adds_seconds_within_the_limit(
 async def test_an_uploaded_video_is_cut_to_whole_groups_of_frames(
     service: Service, client: httpx.AsyncClient, tmp_path: Path
 ) -> None:
+    source_id = await a_completed_video(service, client, tmp_path)
+    asked = {"prompt": "a cone", "strength": "0.5"}
     files = {"video": ("a.mkv", clip(tmp_path, 24, fps=16, side=80), "video/x-matroska")}
-    response = await client.post("/v1/videos/edits", data={"prompt": "a cone", "strength": "0.5"}, files=files)
+    response = await client.post("/v1/videos/edits", data={**asked, "size": "96x64"}, files=files)
     assert response.status_code == 200, response.text
     video = await service.claimed()
     assert (video.request["frames"], video.request["source_frames"], video.request["strength"]) == (21, 21, 0.5)
-    assert response.json()["remixed_from_video_id"] is None
+    assert (response.json()["remixed_from_video_id"], response.json()["size"]) == (None, "96x64")
     form = {"prompt": "a cone", "seconds": "1", "video[id]": video.id}
     assert_envelope(await client.post("/v1/videos/extensions", data=form), 400, "video")  # understood
+    for name, value in (("model", "tiny"), ("size", "96x64")):
+        body = {"prompt": "a cone", "video": {"id": source_id}, name: value}
+        assert_envelope(await client.post("/v1/videos/edits", json=body), 400, name)
+    assert_envelope(await client.post("/v1/videos/edits", data={**asked, "size": "9x9"}, files=files), 400, "size")
     short = {"video": ("a.mkv", clip(tmp_path, 3), "video/x-matroska")}
     assert_envelope(await client.post("/v1/videos/edits", data={"prompt": "a"}, files=short), 400, "video")
 
@@ -242,11 +274,11 @@ async def test_others_pictures_and_videos_are_not_there(tiny_bundle: Bundle, tmp
 async def test_a_picture_is_fetched_where_that_is_allowed(tiny_bundle: Bundle, tmp_path: Path) -> None:
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = self.path == "/a.png"
+            found = self.path != "/elsewhere.png"
             self.send_response(200 if found else 302)
             self.send_header("Location", "http://169.254.169.254/")
             self.end_headers()
-            self.wfile.write(PICTURE if found else b"")
+            self.wfile.write({"/a.png": PICTURE, "/large.png": PICTURE + b"a"}.get(self.path, b""))
 
         def log_message(self, *_: object) -> None:
             pass
@@ -261,7 +293,7 @@ async def test_a_picture_is_fetched_where_that_is_allowed(tiny_bundle: Bundle, t
         Thread(target=server.serve_forever, daemon=True).start()
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            for path, status in (("a.png", 200), ("elsewhere.png", 400)):
+            for path, status in (("a.png", 200), ("elsewhere.png", 400), ("large.png", 400), ("empty", 400)):
                 url = f"http://127.0.0.1:{server.server_port}/{path}"
                 response = await client.post("/v1/videos", json={**ASKED, "input_reference": {"image_url": url}})
                 assert response.status_code == status, response.text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.media.frames import UnreadableError, read_all, read_frames, write_exactly
+from serving.media.frames import UnreadableError, middle_frame, read_all, read_frames, write_exactly
 
 Frames = NDArray[np.uint8]
 
@@ -92,3 +92,34 @@ def test_a_small_file_of_endless_pixels_is_refused(tmp_path: Path) -> None:
     path = write_picture(tmp_path / "a.png", np.zeros((9000, 9000, 3), np.uint8))
     with pytest.raises(UnreadableError, match="9000x9000 pixels are too many"):
         list(read_frames(path, fps=16, width=64, height=64))
+
+
+def test_the_middle_frame_is_upright_and_no_larger_than_asked_for(tmp_path: Path) -> None:
+    shades = [np.full((32, 64, 3), 20 * index, np.uint8) for index in range(9)]
+    write_exactly(tmp_path / "a.mkv", iter(shades), fps=3)
+    frame = middle_frame(tmp_path / "a.mkv", max_seconds=3, max_side=48)
+    assert (frame.shape, int(frame[0, 0, 0])) == ((24, 48, 3), 80)
+    assert middle_frame(tmp_path / "a.mkv", max_seconds=3, max_side=64).shape == (32, 64, 3)
+    with pytest.raises(UnreadableError, match="longer than 2 seconds"):
+        middle_frame(tmp_path / "a.mkv", max_seconds=2, max_side=64)
+
+
+def test_frames_that_all_show_at_one_time_are_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=Fraction(100_000))
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "bgr0"
+        frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24").reformat(format="bgr0")
+        for _ in range(1100):
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UnreadableError, match="1000 frames a second"):
+        list(read_frames(path, fps=16, width=16, height=16))
+
+
+def test_a_list_of_other_files_is_no_video(tmp_path: Path) -> None:
+    write_exactly(tmp_path / "a.mkv", iter([halves(16, 16)]), fps=3)
+    (tmp_path / "list").write_text("ffconcat version 1.0\nfile a.mkv\n")
+    with pytest.raises(UnreadableError):
+        list(read_frames(tmp_path / "list", fps=3, width=16, height=16))

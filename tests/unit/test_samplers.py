@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from models.bundle import SamplerInfo, TokenShift
+from models.diffusion import BetaSchedule, Spacing
 from models.samplers import SamplerName, advance, build_table
 
 STEPS = [1, 2, 3, 4, 7, 20, 50]
@@ -122,6 +123,71 @@ def test_renoise_is_the_plain_loop(steps: int, shift: float, guidance_scale: flo
         np.testing.assert_allclose(state[0], x, atol=1e-5, rtol=0)
     assert table.noise[-1] == 0
     np.testing.assert_allclose(state[0], clean, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize(
+    ("shift", "zero_terminal", "spacing"),
+    [(3.0, True, "trailing"), (1.0, True, "trailing"), (1.0, True, "linspace"), (3.0, False, "leading")],
+)
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
+def test_a_trajectory_of_v_is_that_of_diffusers(
+    name: SamplerName, steps: int, shift: float, zero_terminal: bool, spacing: Spacing, guidance_scale: float
+) -> None:
+    """As `CogVideoXPipeline` walks it, in float64, where its schedule is too."""
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    kind = diffusers.CogVideoXDDIMScheduler if name == "ddim" else diffusers.CogVideoXDPMScheduler
+    reference = kind(
+        prediction_type="v_prediction",
+        snr_shift_scale=shift,
+        rescale_betas_zero_snr=zero_terminal,
+        timestep_spacing=spacing,
+    )
+    reference.set_timesteps(steps)
+    betas = BetaSchedule(zero_terminal=zero_terminal, spacing=spacing)
+    table = build_table(name, steps, shift=shift, guidance_scale=guidance_scale, betas=betas)
+    np.testing.assert_array_equal(table.timesteps, reference.timesteps.float().numpy())
+    levels = (1 - reference.alphas_cumprod[reference.timesteps]).sqrt()
+    np.testing.assert_allclose(table.sigmas, [*levels.tolist(), 0], atol=1e-6, rtol=0)
+
+    expected = torch.from_numpy(noise().astype(np.float64))[None]
+    state = np.zeros((1 + table.history, *SHAPE), np.float32)
+    state[0] = noise()
+    old, before = None, None
+    for step, t in enumerate(reference.timesteps):
+        conditional, unconditional = (velocity(expected, float(t), c) for c in (1.0, -0.4))
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        if name == "ddim":
+            expected = reference.step(guided, t, expected, return_dict=False)[0]
+        else:
+            # It draws one noise, and from the second order on another one, which is what counts.
+            generator = torch.Generator().manual_seed(step)
+            draws = 1 if old is None or t < 1000 // steps else 2
+            fresh = [torch.randn(expected.shape, generator=generator, dtype=torch.float64) for _ in range(draws)][-1]
+            generator.manual_seed(step)
+            expected, old = reference.step(guided, old, t, before, expected, generator=generator, return_dict=False)
+            before = t
+        predictions = [velocity(state[0], float(table.timesteps[step]), c) for c in (1.0, -0.4)]
+        state = advance(table.coefficients[step], state, predictions[0], predictions[1] if guidance_scale > 1 else None)
+        if table.noise[step]:
+            state[0] += table.noise[step] * fresh[0].numpy()
+        scale = max(1.0, float(expected.abs().max()))
+        np.testing.assert_allclose(state[0] / scale, expected[0].numpy() / scale, atol=1e-5, rtol=0, err_msg=f"{step}")
+
+
+def test_ddim_adds_no_noise_and_dpm_none_at_the_end() -> None:
+    assert not build_table("ddim", 5, shift=3.0).noise.any()
+    added = build_table("dpm", 5, shift=3.0).noise
+    assert added[:-1].all()
+    assert not added[-1]
+
+
+def test_more_steps_than_timesteps_are_refused() -> None:
+    with pytest.raises(ValueError, match="no 1001 steps"):
+        build_table("ddim", 1001, shift=1.0)
 
 
 def test_only_renoise_adds_noise() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.bundle import CausalInfo, LatentInfo, LimitsInfo, Manifest, SamplerInfo, TextInfo
+from models.bundle import CausalInfo, GraphInfo, LatentInfo, LimitsInfo, Manifest, SamplerInfo, TensorInfo, TextInfo
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import Session, open_session, skipped_steps
+from serving.pipeline.sessions import GOES_ON_STRENGTH, PICTURE_STRENGTH, Session, open_session, skipped_steps
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
 
 MANIFEST = Manifest(
@@ -197,7 +197,9 @@ def test_given_frames_stay_as_they_are_and_the_rest_is_made(manifest: Manifest, 
     assert latents.shape == (4, 9, 4, 4)
     np.testing.assert_array_equal(latents[:, :given], asked.source)
     # A given chunk takes one call: the one that the chunks after it look back on.
-    saved = 8 * (given // 3) if manifest.rollout == "causal" else 0
+    saved = 8 * (given // 3)
+    if manifest.rollout == "bidirectional":
+        saved = skipped_steps(8, GOES_ON_STRENGTH if given > 1 else PICTURE_STRENGTH)
     assert plain.calls - expected == saved
     indices = [chunk.index for _, chunks in made for chunk in chunks]
     assert indices == [0, 1, 2]
@@ -217,6 +219,14 @@ def test_given_frames_are_seen_at_the_noise_level_of_the_step(manifest: Manifest
             given = feeds["latents"][0, :, :4]
             mean = (1 - sigma) * (0.5 + np.arange(4))
             np.testing.assert_allclose(given.mean((0, 2, 3)), mean, atol=3 * sigma / 8 + 0.01)
+
+
+def test_a_continuation_begins_near_the_last_frame_that_is_given() -> None:
+    first = open_session(WHOLE, begun(WHOLE, 4, value=9.0)).feeds()
+    sigma = float(first["timestep"][0]) / 1000
+    assert sigma < 0.9
+    mean = (1 - sigma) * (9.0 + np.minimum(np.arange(9), 3))
+    np.testing.assert_allclose(first["latents"][0].mean((0, 2, 3)), mean, atol=3 * sigma / 8 + 0.01)
 
 
 @pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
@@ -246,3 +256,47 @@ def test_a_source_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             open_session(WHOLE, asked)
+
+
+def by_frame(manifest: Manifest) -> Manifest:
+    """As TI2V-5B: the denoiser takes a timestep for each latent frame."""
+    timestep = TensorInfo(name="timestep", dtype="float32", shape=("batch", "frames"))
+    return manifest.model_copy(update={"graphs": {"denoiser": GraphInfo(file="d", inputs=(timestep,), outputs=())}})
+
+
+def test_a_picture_is_clean_and_at_timestep_0_where_the_model_knows_it_so() -> None:
+    manifest = by_frame(WHOLE)
+    asked = begun(manifest, 1)
+    assert asked.source is not None
+    session = open_session(manifest, asked)
+    for feeds, _ in calls(session):
+        assert feeds["timestep"].shape == feeds["latents"].shape[:1] + feeds["latents"].shape[2:3]
+        assert not feeds["timestep"][:, 0].any()
+        assert feeds["timestep"][:, 1:].all()
+        np.testing.assert_array_equal(feeds["latents"][0, :, :1], asked.source)
+    plain = open_session(manifest, replace(asked, source=None))
+    assert plain.feeds()["timestep"].all()
+
+
+def paired(seconds: int, patch_frames: int) -> tuple[Session, list[LatentChunk], np.ndarray]:
+    """As CogVideoX: chunks are pairs of latent frames behind a first one, and perhaps so are the patches."""
+    latent = MANIFEST.latent.model_copy(update={"group": 2, "patch_frames": patch_frames})
+    manifest = Manifest.model_validate(
+        WHOLE.model_dump() | {"latent": latent.model_dump(), "chunk_latent_frames": 2, "fps": 8}
+    )
+    spec = make_spec(manifest, "a ball", seed=7, seconds=seconds, guidance_scale=1.0)
+    session = open_session(manifest, DenoiseRequest("video", spec, text(1), None))
+    made = [(feeds["latents"], chunks) for feeds, chunks in calls(session)]
+    assert [first_frame(manifest, index) for index in range(3)] == [0, 9, 17]
+    return session, made[-1][1], made[-1][0]
+
+
+@pytest.mark.parametrize("patch_frames", [1, 2])
+def test_chunks_of_pairs_begin_with_one_frame_more(patch_frames: int) -> None:
+    session, chunks, seen = paired(3, patch_frames)
+    assert [chunk.latents.shape[1] for chunk in chunks] == [3, 2, 2]
+    assert session.chunks == 3
+    # What is added to fill the patches comes first, and is not shown.
+    assert seen.shape[2] == 7 + patch_frames - 1
+    together = np.concatenate([chunk.latents for chunk in chunks], axis=1)
+    assert np.abs(np.corrcoef(together.ravel(), seen[0, :, patch_frames - 1 :].ravel())[0, 1]) > 0.99
