@@ -191,7 +191,7 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
 ) -> None:
-    """Run the service on this machine until Ctrl-C, which waits for the videos in hand.
+    """Run the service on this machine until Ctrl-C, which finishes the videos in hand; a second one hands them back.
 
     `rushes reload` makes it read its configuration again.
     """

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic import ValidationError as PydanticValidationError
 
 import models.mini
@@ -130,7 +139,18 @@ class RunnerConfig(_Strict):
     batch_poll_seconds: PositiveFloat = Field(
         default=2.0, description="How often a runner looks after batches and webhooks."
     )
-    max_attempts: PositiveInt = Field(default=3, description="Tries at a video before it fails for good.")
+    max_attempts: PositiveInt = Field(
+        default=3,
+        description="Failed tries at a video before it fails for good, since something of it was last kept.",
+    )
+    max_lapses: PositiveInt = Field(
+        default=10, description="As max_attempts, for tries that ended because their runner vanished."
+    )
+    checkpoint_steps: NonNegativeInt = Field(
+        default=5,
+        description="Every so many steps a bidirectional video's sampler is kept, to go on from after a crash; 0 is "
+        "never. Finished chunks of a causal video always are.",
+    )
 
 
 class ApiConfig(_Strict):

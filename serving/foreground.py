@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import tempfile
@@ -31,24 +32,42 @@ _TRY_IT = """\
 
 Ctrl-C stops it."""
 
+_LOOK_SECONDS = 0.1
+
+
+class _RayDied(Exception):  # noqa: N818
+    """Some of its processes; the message says which."""
+
 
 def serve_until_interrupted(config: ServiceConfig, console: Console, read: Callable[[], ServiceConfig]) -> None:
-    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one stops at once.
+    """Start, say how to try it, and on SIGINT or SIGTERM finish the videos in hand; a second one puts them back into
+    the queue, where the next start finds them.
 
     On SIGHUP `read` the configuration again and change the models to it; what is wrong with it is said, and changes
-    nothing.
+    nothing. When Ray dies under it, this process ends with status 1: whoever started it may start it again, and nothing
+    is lost by that.
     """
     with ExitStack() as running:
+        signals = running.enter_context(_Signals())
         with console.status("starting"):
             service = running.enter_context(local_service(config))
+        signals.up()
         state = running.enter_context(State.kept(config.data_dir))
         body = json.dumps({"prompt": "a red ball bouncing on a sand floor at sunset", "stream": True})
         models = ", ".join(config.models)
         console.print(_TRY_IT.format(url=service.url, models=models, data_dir=config.data_dir, body=body))
-        with _Signals() as signals:
-            while signals.wait() == signal.SIGHUP:
-                state.tell(*_reload(service, read, console))
+        try:
+            while not signals.came():
+                if signals.hung_up():
+                    state.tell(*_reload(service, read, console))
+                _check(service)
+                time.sleep(_LOOK_SECONDS)
             _drain(service, signals, console)
+        except _RayDied as died:
+            console.print(f"[red]rushes:[/] Ray has died ({died}); start again, and every video is gone on with")
+            service.kill()
+            # Not by an exception: Ray's own handlers would wait for what is dead.
+            os._exit(1)
 
 
 def run_demo(models: Mapping[str, Path], request: Mapping[str, Any], output: Path, console: Console) -> None:
@@ -113,6 +132,11 @@ def _boxes(parts: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
             pending = pending[size:]
 
 
+def _check(service: LocalService) -> None:
+    if dead := service.dead():
+        raise _RayDied(", ".join(dead))
+
+
 def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
     if count := service.running():
         console.print(
@@ -120,8 +144,11 @@ def _drain(service: LocalService, signals: _Signals, console: Console) -> None:
         )
     drained = threading.Thread(target=service.drain, daemon=True)
     drained.start()
-    while drained.is_alive() and not signals.again():
-        drained.join(0.1)
+    while drained.is_alive() and not signals.came(twice=True):
+        _check(service)
+        drained.join(_LOOK_SECONDS)
+    if drained.is_alive():
+        service.hand_back()
 
 
 def _reload(service: LocalService, read: Callable[[], ServiceConfig], console: Console) -> tuple[bool, str]:
@@ -137,10 +164,11 @@ def _reload(service: LocalService, read: Callable[[], ServiceConfig], console: C
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP as something to wait for, in the main thread."""
+    """SIGINT, SIGTERM and SIGHUP, in the main thread: an end to the start, and something to look for once it is up."""
 
     def __init__(self) -> None:
         self._count = self._hangups = 0
+        self._up = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -152,20 +180,22 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def up(self) -> None:
+        """From here on signals are counted."""
+        self._up = True
+
+    def came(self, *, twice: bool = False) -> bool:
+        return self._count > twice
+
     def _came(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             self._hangups += 1
-        else:
-            self._count += 1
+            return
+        self._count += 1
+        if not self._up:
+            raise KeyboardInterrupt
 
-    def wait(self) -> signal.Signals:
-        """SIGHUP, or SIGINT for either of the others. Hang-ups that came at the same time are one."""
-        while not self._count:
-            if self._hangups:
-                self._hangups = 0
-                return signal.SIGHUP
-            time.sleep(0.1)
-        return signal.SIGINT
-
-    def again(self) -> bool:
-        return self._count > 1
+    def hung_up(self) -> bool:
+        """Whether SIGHUP came since this was last asked. Those that came at the same time are one."""
+        hung_up, self._hangups = self._hangups > 0, 0
+        return hung_up

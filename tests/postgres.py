@@ -7,7 +7,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +18,18 @@ from serving.jobs.tables import metadata
 
 
 class Cluster:
-    def __init__(self, directory: Path, user: str) -> None:
+    def __init__(self, directory: Path, user: str, control: Callable[[str], None]) -> None:
         self._directory, self._user = directory, user
+        self._control = control
         self._databases = 0
         self._cleared: str | None = None
 
     def url(self, name: str) -> str:
         return f"postgresql://{self._user}@/{name}?host={self._directory}"
+
+    def restart(self) -> None:
+        """As after a crash: every connection is cut, and what was not committed is gone."""
+        self._control("restart")
 
     def new_database(self) -> str:
         """The URL of an empty database."""
@@ -78,25 +83,21 @@ def running_cluster(programs: Path) -> Iterator[Cluster]:
         done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **as_user)  # type: ignore[call-overload]
         assert done.returncode == 0, done.stdout.decode()
 
+    def control(what: str) -> None:
+        command = [str(programs / "pg_ctl"), "-D", data, "-w", "-t", "120"]
+        if what != "start":
+            command += ["-m", "immediate"]
+        if what != "stop":
+            command += ["-l", str(directory / "log"), "-o", options]
+        run(*command, what)
+
+    options = f"-c listen_addresses='' -k {directory} -c fsync=off -c max_connections=200"
     try:
         run(str(programs / "initdb"), "-D", data, "-A", "trust", "-U", user.pw_name, "-E", "UTF8", "--no-sync")
-        options = f"-c listen_addresses='' -k {directory} -c fsync=off -c max_connections=200"
-        run(
-            str(programs / "pg_ctl"),
-            "-D",
-            data,
-            "-l",
-            str(directory / "log"),
-            "-w",
-            "-t",
-            "120",
-            "-o",
-            options,
-            "start",
-        )
+        control("start")
         try:
-            yield Cluster(directory, user.pw_name)
+            yield Cluster(directory, user.pw_name, control)
         finally:
-            run(str(programs / "pg_ctl"), "-D", data, "-w", "-m", "immediate", "stop")
+            control("stop")
     finally:
         shutil.rmtree(directory, ignore_errors=True)

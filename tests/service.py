@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ def assert_envelope(response: httpx.Response, status: int, param: str | None) ->
     assert body["error"]["message"]
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Bounded by the test's own time limit."""
+    while not holds():  # noqa: ASYNC110 - nothing here could set an event
+        await asyncio.sleep(0.001)
+
+
 class Service:
     """The application over a store of its own; `wakes` counts how often the runners were told of news."""
 
@@ -68,8 +74,8 @@ class Service:
             references=REFERENCES,
         )
 
-    async def wake(self) -> None:
-        self.wakes += 1
+    async def wake(self, video_id: str | None = None) -> None:
+        self.wakes += video_id is None
 
     async def claimed(self) -> Video:
         video = await self.store.claim("runner", 60)
@@ -127,8 +133,8 @@ class WholeService:
         """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
         runner = self.runner = self.new_runner()
 
-        async def wake() -> None:
-            runner.wake()
+        async def wake(video_id: str | None = None) -> None:
+            runner.wake() if video_id is None else runner.tell(video_id)
 
         bundles, aliases = {"tiny": self.bundle}, {"sora-2": "tiny"}
         api = create_api(self.storage, bundles, wake, aliases=aliases, webhooks=self.webhooks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
@@ -18,7 +18,7 @@ from serving.api.errors import ERRORS, install_error_handlers
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
 from serving.api.models import Catalog, models_router
-from serving.api.queueing import TAKE_FILES, VideoQueue
+from serving.api.queueing import TAKE_FILES, VideoQueue, Wake
 from serving.api.references import references_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
@@ -29,7 +29,7 @@ from serving.jobs.storage import Storage
 def create_api(
     storage: Storage,
     bundles: Mapping[str, Bundle],
-    wake: Callable[[], Awaitable[None]],
+    wake: Wake,
     *,
     aliases: Mapping[str, str] | None = None,
     webhooks: WebhookPolicy = NO_WEBHOOKS,
@@ -41,8 +41,8 @@ def create_api(
 ) -> FastAPI:
     """Everything under `/v1`, and `/health`.
 
-    `wake` tells the runners that there is a new video in the store; `aliases` are other names for models;
-    `require_keys` lets in only who has an API key.
+    `wake` tells the runners that there is a new video in the store, or one to stop; `aliases` are other names for
+    models; `require_keys` lets in only who has an API key.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)

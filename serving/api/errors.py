@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -99,6 +100,13 @@ def install_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         return JSONResponse(error_body(400, str(first["msg"]), param, "invalid_value"), 400)
+
+    @app.exception_handler(OperationalError)
+    async def database_away(request: Request, error: OperationalError) -> JSONResponse:
+        """Such as while it is restarted. Clients that know what a 503 is ask again by themselves."""
+        _log.warning("%s %s: the database could not be asked", request.method, request.url.path, exc_info=error)
+        message = "The service can't reach its database; ask again in a moment."
+        return JSONResponse(error_body(503, message, None, "unavailable"), 503, {"Retry-After": "1"})
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

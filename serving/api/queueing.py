@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Header, Request, Response
 from fastapi.responses import StreamingResponse
@@ -18,7 +18,7 @@ from serving.api.streams import follow_video
 from serving.jobs.estimates import Estimates
 from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
-from serving.jobs.store import IdempotencyConflict, Video
+from serving.jobs.store import IdempotencyConflict, Video, VideoNotFound
 from serving.jobs.video import is_video_id
 
 # For the OpenAPI document: it is read from the request where it is needed, and checked there.
@@ -30,12 +30,17 @@ TAKE_FILES = ("/v1/videos", "/v1/videos/edits", "/v1/videos/extensions", "/v1/vi
 _POLL_UNKNOWN_MS, _POLL_SOONEST_MS, _POLL_LATEST_MS = 1000, 250, 10_000
 
 
+class Wake(Protocol):
+    """Tells the runners that the store has news; they hear of it anyway, only later."""
+
+    async def __call__(self, video_id: str | None = None) -> None:
+        """Of a new video, or that this one is to stop."""
+
+
 class VideoQueue:
     """What the routers that make videos, or look for one, share."""
 
-    def __init__(
-        self, storage: Storage, wake: Callable[[], Awaitable[None]], beginnings: Beginnings, estimates: Estimates
-    ) -> None:
+    def __init__(self, storage: Storage, wake: Wake, beginnings: Beginnings, estimates: Estimates) -> None:
         self._storage, self._wake, self._beginnings = storage, wake, beginnings
         self._estimates = estimates
 
@@ -53,6 +58,23 @@ class VideoQueue:
         left = await self._estimates.seconds_left(video)
         response.headers["openai-poll-after-ms"] = str(_poll_after_ms(left))
         return video_object(video, estimated_seconds_left=left)
+
+    async def cancel(self, video_id: str) -> Video:
+        """Stop a video, if it hasn't ended. Raises `ApiError` (404) when somebody deleted it meanwhile."""
+        return await self._stopped(video_id, self._storage.videos.request_cancel)
+
+    async def delete(self, video_id: str) -> Video:
+        """As `cancel`, and it is hidden from now on."""
+        return await self._stopped(video_id, self._storage.videos.delete)
+
+    async def _stopped(self, video_id: str, stop: Callable[[str], Awaitable[Video]]) -> Video:
+        try:
+            video = await stop(video_id)
+        except VideoNotFound:
+            raise not_found(video_id) from None
+        if not video.status.final:
+            await self._wake(video_id)
+        return video
 
     async def put(
         self,

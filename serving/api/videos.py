@@ -14,11 +14,11 @@ from serving.api.creation import WebhookPolicy, new_video
 from serving.api.document import body_document, id_pattern
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
-from serving.api.queueing import IdempotencyKey, VideoQueue, not_found
+from serving.api.queueing import IdempotencyKey, VideoQueue
 from serving.api.schemas import CreateVideoRequest, DeletedVideo, VideoList, VideoObject, parse_create, video_object
 from serving.jobs.artifacts import video_key
 from serving.jobs.storage import Storage
-from serving.jobs.store import VideoNotFound, VideoStatus
+from serving.jobs.store import VideoStatus
 from serving.jobs.sweeper import Sweeper
 from serving.jobs.video import is_video_id
 
@@ -90,20 +90,13 @@ def videos_router(
     async def cancel_video(video_id: str, owner: Owner, response: Response) -> VideoObject:
         """A queued video fails at once, a running one within a step; one that has ended stays as it is."""
         await queue.existing(video_id, owner)
-        try:
-            cancelled = await store.request_cancel(video_id)
-        except VideoNotFound:  # somebody deleted it meanwhile
-            raise not_found(video_id) from None
-        return await queue.shown(cancelled, response)
+        return await queue.shown(await queue.cancel(video_id), response)
 
     @router.delete("/{video_id}")
     async def delete_video(video_id: str, owner: Owner) -> DeletedVideo:
         """Cancels it where it isn't finished. Its files go with it."""
         await queue.existing(video_id, owner)
-        try:
-            deleted = await store.delete(video_id)
-        except VideoNotFound:  # somebody else deleted it meanwhile
-            raise not_found(video_id) from None
+        deleted = await queue.delete(video_id)
         if deleted.status.final:
             await sweeper.remove(deleted)
         return DeletedVideo(id=video_id)

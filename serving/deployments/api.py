@@ -12,7 +12,7 @@ from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.config import ServiceConfig
-from serving.deployments.storage import open_storage, webhook_policy
+from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class ApiDeployment:
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
         return create_api(
-            open_storage(config),
+            open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS),
             {name: Bundle.load(path) for name, path in config.models.items()},
             self._wake,
             aliases=config.model_aliases,
@@ -40,14 +40,20 @@ class ApiDeployment:
             references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
         )
 
-    async def _wake(self) -> None:
-        """Tell a runner, without making the client wait for it: runners look by themselves too, only later."""
-        task = asyncio.create_task(self._tell())
+    async def _wake(self, video_id: str | None = None) -> None:
+        """Tell the runners, without making the client wait for it: they look by themselves too, only later.
+
+        Of a new video one of them, of one that is to stop all: nobody here knows whose it is.
+        """
+        task = asyncio.create_task(self._tell(video_id))
         self._wakes.add(task)
         task.add_done_callback(self._wakes.discard)
 
-    async def _tell(self) -> None:
+    async def _tell(self, video_id: str | None) -> None:
         try:
-            await self._runner.wake.remote()
+            if video_id is None:
+                await self._runner.wake.remote()
+            else:
+                await self._runner.broadcast("tell", video_id).results_async()
         except Exception:
-            _log.warning("no runner could be told of a new video", exc_info=True)
+            _log.warning("no runner could be told of the news", exc_info=True)

@@ -29,6 +29,8 @@ _STICKY = RequestRouterConfig(
 # Ray's default of 20 tries at a constructor takes minutes to say that a bundle is broken.
 _CONSTRUCTOR_TRIES = 2
 _SHUTDOWN_LOOK_SECONDS = 0.2
+# How soon Ray sees that a replica has died, and starts another; its default is 10 s.
+_HEALTH_LOOK_SECONDS = 2.0
 
 StageName = Literal["text-encoder", "denoiser", "decoder"]
 
@@ -123,6 +125,7 @@ def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> A
         name=name,
         graceful_shutdown_timeout_s=config.graceful_shutdown_seconds,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_LOOK_SECONDS,
+        health_check_period_s=_HEALTH_LOOK_SECONDS,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
         **options,

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from tenacity import before_sleep_log, retry_if_not_exception_type, stop_after_delay, wait_exponential
+from tenacity.asyncio import AsyncRetrying
 
-from serving.jobs.artifacts import Artifact, Artifacts, video_key
+from serving.jobs.artifacts import Artifact, Artifacts, checkpoint_key, video_key
+from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
-from serving.jobs.store import StaleFence, Video, VideoStore
+from serving.jobs.keeper import Keeper
+from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
 from serving.media.fmp4 import remux_to_mp4
 from serving.media.frames import read_all
 from serving.media.previews import sprite_sheet, thumbnail
@@ -24,7 +29,7 @@ from serving.pipeline.stages import Decoder, Denoiser, Fragment, FrameEncoder, S
 
 _log = logging.getLogger(__name__)
 
-# How often progress is written, and so how soon a running video hears that it was cancelled.
+# How often progress is written, and how soon a running video hears at the latest that it was cancelled.
 _REPORT_SECONDS = 0.5
 # What of `progress` the steps make up; the decoded frames make up the rest.
 _STEPS_SHARE = 0.8
@@ -32,7 +37,7 @@ _STEPS_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What makes the videos of one model."""
+    """What makes the videos of one model; `bundle_digest` names its weights."""
 
     text_encoder: TextEncoder
     denoiser: Denoiser
@@ -40,14 +45,16 @@ class Stages:
     rewriter: Rewriter | None = None
     captioner: Captioner | None = None
     encoder: FrameEncoder | None = None
+    bundle_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptSettings:
-    """Times are in seconds."""
+    """Times are in seconds. Every `checkpoint_steps` steps a bidirectional video's sampler is kept; 0 means never."""
 
     lease_seconds: float
     max_attempts: int
+    checkpoint_steps: int = 0
 
 
 class Attempt:
@@ -63,8 +70,16 @@ class Attempt:
         self._spec = VideoSpec(**video.request)
         self._steps_done = 0.0
         self._frames_done = 0
+        self._appended = 0
+        self._headway_told = 0
+        self._keeper: Keeper | None = None
+        self._told = asyncio.Event()
         self._cancel_requested = False
         self._stale = False
+
+    def tell(self) -> None:
+        """The store has news of the video: look now, and not only when the next report is due."""
+        self._told.set()
 
     async def run(self) -> None:
         """Returns when the video has ended, is queued for another try, or belongs to another attempt.
@@ -77,11 +92,13 @@ class Attempt:
             await asyncio.wait({making})
         except asyncio.CancelledError:
             await _stop(making)
+            await self._stop_keeping()
             with suppress(StaleFence):
                 await self._store.requeue(self._video.id, self._video.fence, count_attempt=False)
             raise
         finally:
             await _stop(reporting)
+        await self._stop_keeping()
         if not self._stale:
             with suppress(StaleFence):
                 await self._settle(making)
@@ -91,16 +108,27 @@ class Attempt:
         spec = await revise(self._spec, self._stages.rewriter)
         if spec != self._spec:
             # Before anything depends on it: another attempt takes this one, whatever a rewriter would say then.
-            await self._store.set_request(video.id, video.fence, asdict(spec))
+            await self._written(lambda: self._store.set_request(video.id, video.fence, asdict(spec)))
             self._spec = spec
-        writer = await FragmentLog.create(self._artifacts.videos_dir, video.id, fence=video.fence)
+        identity = identity_of(self._stages.bundle_digest, asdict(spec))
+        directory = self._artifacts.videos_dir
+        writer = await FragmentLog.create(directory, video.id, fence=video.fence, origin=identity)
+        self._keeper = Keeper(self._artifacts, video.id, identity, writer.check_fence)
+        self._frames_done = writer.frames
+        # An attempt that ended between the last fragment and the finished file left nothing to be denoised or decoded.
+        if not writer.trusted or writer.frames < spec.frames:
+            await self._generate(writer, self._keeper)
+        await writer.close()
+        await self._artifacts.in_thread(self._finish, writer.log)
 
+    async def _generate(self, writer: LogWriter, keeper: Keeper) -> None:
         async def append(fragment: Fragment) -> None:
             await writer.append(fragment.index, fragment.first_frame, fragment.frames, fragment.init, fragment.data)
-            self._frames_done = fragment.first_frame + fragment.frames
+            self._frames_done = writer.frames
+            self._appended += fragment.index >= writer.trusted
 
         await generate(
-            video.id,
+            self._video.id,
             self._spec,
             text_encoder=self._stages.text_encoder,
             denoiser=self._stages.denoiser,
@@ -110,9 +138,10 @@ class Attempt:
             captioner=self._stages.captioner,
             encoder=self._stages.encoder,
             source=await self._source(),
+            keeping=keeper,
+            state_every=self._settings.checkpoint_steps,
+            shown=writer.trusted,
         )
-        await writer.close()
-        await asyncio.to_thread(self._finish, writer.log)
 
     async def _source(self) -> NDArray[np.uint8] | None:
         """The frames that the video begins from."""
@@ -120,9 +149,9 @@ class Attempt:
         if spec.source is None:
             return None
         with self._artifacts.scratch() as path:
-            await asyncio.to_thread(self._artifacts.fetch, spec.source, path)
+            await self._artifacts.in_thread(self._artifacts.fetch, spec.source, path)
             # What was kept has the size and the rate already: it was checked when the video was asked for.
-            return await asyncio.to_thread(read_all, path, spec.width, spec.height, spec.source_frames)
+            return await self._artifacts.in_thread(read_all, path, spec.width, spec.height, spec.source_frames)
 
     def _finish(self, log: FragmentLog) -> None:
         """The log as one file, and the pictures of it."""
@@ -142,17 +171,35 @@ class Attempt:
         if isinstance(error, StaleFence):
             return
         if not making.cancelled() and error is None:
-            await store.complete(video.id, video.fence, artifacts=self._finished, log_bytes=self._log_bytes)
+            await self._forget_checkpoint()
+            await self._written(
+                lambda: store.complete(video.id, video.fence, artifacts=self._finished, log_bytes=self._log_bytes)
+            )
         elif self._cancel_requested:
             await self._fail("cancelled", "The video was cancelled.")
         else:
             _log.error("%s: attempt %d failed", video.id, video.attempt, exc_info=error)
-            if video.attempt < self._settings.max_attempts:
-                await store.requeue(video.id, video.fence)
+            if self._headway() > self._headway_told:
+                video = await self._written(self._report_progress)
+            # What is in the log can't be made to fit by trying again.
+            hopeless = isinstance(error, LogError) or video.attempt - video.lapses >= self._settings.max_attempts
+            if not hopeless:
+                await self._written(lambda: store.requeue(video.id, video.fence))
             else:
                 # Ray wraps a replica's error in its whole remote traceback: the last line says what it was.
                 said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 await self._fail("generation_failed", said[:500])
+
+    async def _written(self, write: Callable[[], Awaitable[Video]]) -> Video:
+        """What has been made is not to be lost because the store is away for a moment, such as for a restart."""
+        gone = retry_if_not_exception_type((StaleFence, VideoNotFound))
+        waits, stops = wait_exponential(multiplier=0.1, max=1), stop_after_delay(self._settings.lease_seconds)
+        says = before_sleep_log(_log, logging.WARNING)
+
+        async def once() -> Video:
+            return await write()
+
+        return await AsyncRetrying(retry=gone, wait=waits, stop=stops, before_sleep=says, reraise=True)(once)
 
     async def _fail(self, code: str, message: str) -> None:
         video, videos_dir = self._video, self._artifacts.videos_dir
@@ -162,31 +209,60 @@ class Attempt:
             await writer.fail(code, message)
         except (OSError, LogError):
             _log.warning("%s: its log has no end", video.id, exc_info=True)
-        await self._store.fail(video.id, video.fence, code, message)
+        await self._forget_checkpoint()
+        await self._written(lambda: self._store.fail(video.id, video.fence, code, message))
+
+    async def _stop_keeping(self) -> None:
+        """Nothing more is kept from here on; what the next attempt can use has been put by then."""
+        if self._keeper is not None:
+            await self._keeper.close(flush=not self._cancel_requested and not self._stale)
+
+    async def _forget_checkpoint(self) -> None:
+        """It has served its purpose; what can't be removed now is swept later."""
+        try:
+            await self._artifacts.in_thread(self._artifacts.remove_all, checkpoint_key(self._video.id))
+        except Exception:
+            _log.warning("%s: its checkpoint could not be removed", self._video.id, exc_info=True)
 
     def _on_step(self, done: StepDone) -> None:
         self._steps_done = done.step / done.steps
 
     def _progress(self) -> int:
-        """Whole per cent; 100 is kept for the video that can be downloaded."""
+        """Whole per cent, never less than an earlier attempt said; 100 is kept for the video that can be downloaded."""
         part = _STEPS_SHARE * self._steps_done + (1 - _STEPS_SHARE) * self._frames_done / self._spec.frames
-        return min(99, int(100 * part))
+        return max(self._video.progress, min(99, int(100 * part)))
+
+    def _headway(self) -> int:
+        """How much of what this attempt has made the next one need not make again."""
+        return self._appended + (self._keeper.kept if self._keeper else 0)
+
+    async def _report_progress(self) -> Video:
+        headway = self._headway()
+        told = await self._store.set_progress(
+            self._video.id, self._video.fence, self._progress(), headway=headway > self._headway_told
+        )
+        self._headway_told = headway
+        return told
 
     async def _report(self, making: asyncio.Task[None]) -> None:
         """Write progress as it changes and keep the lease; stop the making when either says so."""
         video, settings = self._video, self._settings
-        written = -1
+        written = video.progress
         leased_at = time.monotonic()
         while True:
-            await asyncio.sleep(min(_REPORT_SECONDS, settings.lease_seconds / 6))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_REPORT_SECONDS, settings.lease_seconds / 6)):
+                    await self._told.wait()
+            asked = self._told.is_set()
+            self._told.clear()
             news = video
             try:
-                if time.monotonic() - leased_at > settings.lease_seconds / 3:
+                if asked or time.monotonic() - leased_at > settings.lease_seconds / 3:
                     news = await self._store.heartbeat(video.id, video.fence, settings.lease_seconds)
                     leased_at = time.monotonic()
-                if self._progress() != written:
+                if not news.cancel_requested and (self._progress() != written or self._headway() > self._headway_told):
                     written = self._progress()
-                    news = await self._store.set_progress(video.id, video.fence, written)
+                    news = await self._report_progress()
             except StaleFence:
                 self._stale = True
                 making.cancel()

@@ -31,6 +31,9 @@ class DecoderDeployment:
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         return await self._stage.decode(video_id, spec, chunk)
 
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._stage.replay(video_id, spec, chunk)
+
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)
 

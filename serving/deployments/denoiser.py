@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
+
+from ray.exceptions import ActorDiedError, RayError
 
 from models.bundle import Bundle
 from serving.config import DenoiserConfig
 from serving.pipeline.denoising import EngineDenoiser
-from serving.pipeline.scheduler import Limits
-from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone
+from serving.pipeline.scheduler import Limits, TraceLine
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest
+
+_LOOK_SECONDS = 2.0
 
 
 class DenoiserDeployment:
@@ -26,12 +32,46 @@ class DenoiserDeployment:
             max_sessions=config.max_sessions,
         )
 
-    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
-        """One streaming call a video. Cancelling the call takes its rows out of the batch before the next step."""
+    async def denoise(self, request: DenoiseRequest, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:
+        """One streaming call a video. Cancelling the call takes its rows out of the batch before the next step.
+
+        So does the death of `caller`, the actor that asks: Ray lets a call go on that nobody hears the end of.
+        """
         async with aclosing(self._stage.denoise(request)) as events:
-            async for event in events:
-                yield event
+            waiting = asyncio.create_task(_next(events))
+            orphaned = asyncio.create_task(_until_dead(caller))
+            try:
+                while True:
+                    await asyncio.wait({waiting, orphaned}, return_when=asyncio.FIRST_COMPLETED)
+                    if not waiting.done() or (event := waiting.result()) is None:
+                        return
+                    waiting = asyncio.create_task(_next(events))
+                    yield event
+            finally:
+                for task in (waiting, orphaned):
+                    task.cancel()
+                await asyncio.gather(waiting, orphaned, return_exceptions=True)
 
     async def sessions(self) -> int:
         """How many videos hold memory in this replica."""
         return self._stage.sessions
+
+    async def trace(self) -> Sequence[TraceLine]:
+        """What the last engine calls were of."""
+        return self._stage.trace
+
+
+async def _next(events: AsyncGenerator[DenoiseEvent, None]) -> DenoiseEvent | None:
+    return await anext(events, None)
+
+
+async def _until_dead(caller: Any) -> None:
+    """Ask the actor for a sign of life every now and then; any answer but its death is one."""
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        try:
+            await caller.__ray_ready__.remote()
+        except ActorDiedError:
+            return
+        except RayError:
+            continue

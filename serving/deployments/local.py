@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +39,8 @@ _ENVIRONMENT = {
 # Latents and fragments in flight; Ray would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
 _PROXY_SECONDS = 120
+_HAND_BACK_SECONDS = 15
+_VITAL = {"gcs_server", "raylet"}
 
 
 class StartError(OSError):
@@ -52,13 +56,27 @@ class LocalService:
 
     def running(self) -> int:
         """Videos in hand."""
-        count: int = self.fleet.runner().running.remote().result()
-        return count
+        return sum(self.fleet.runner().broadcast("running").results())
 
     def drain(self) -> None:
         """Take no new video, and return when those in hand have ended; queued ones stay in the store."""
-        for _ in self.fleet.runner().broadcast("drain").results():
-            pass
+        self.fleet.runner().broadcast("drain").results()
+
+    def hand_back(self) -> None:
+        """Put the videos in hand back into the queue, with all that is made of them kept; for some seconds at most."""
+        with suppress(TimeoutError):
+            self.fleet.runner().broadcast("hand_back").results(timeout_s=_HAND_BACK_SECONDS)
+
+    def dead(self) -> list[str]:
+        """Those of Ray's own processes that have died, without which nothing here works; empty while all is well."""
+        node = _ray_node()
+        return ["ray"] if node is None else sorted({kind for kind, _ in node.dead_processes()} & _VITAL)
+
+    def kill(self) -> None:
+        """End what is left of a Ray that has died: to stop it as usual would take the minute that it waits for its
+        head. The replicas end with the raylet."""
+        if node := _ray_node():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 @contextmanager
@@ -83,6 +101,7 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     fleet = Fleet(serve)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address="local",
@@ -93,6 +112,8 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
                 logging_level="ERROR",
                 log_to_driver=False,
             )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process with a stack trace
             _start_serve(serve, config)
             fleet.start(config)
             _wait_for_proxy(url)
@@ -105,6 +126,13 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
         if ray.is_initialized():
             _forget_handles(serve)
         ray.shutdown()
+
+
+def _ray_node() -> Any:
+    """Ray has no other way to ask for the processes that it started here."""
+    import ray
+
+    return ray._private.worker._global_node
 
 
 def _forget_handles(serve: Any) -> None:

@@ -1,4 +1,8 @@
-"""The three stages as the pipeline knows them, each through a Ray Serve handle."""
+"""The three stages as the pipeline knows them, each through a Ray Serve handle.
+
+A replica that dies loses nothing that can't be asked for again: of a call without a session another replica, of a
+session by whoever knows what went into it (`LostSession`).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from serving.deployments.attempt import Stages
 from serving.pipeline.stages import (
+    DenoiseEvent,
     DenoiseRequest,
     Fragment,
     LatentChunk,
     LostSession,
-    StepDone,
     TextEmbedding,
     VideoSpec,
+)
+
+# The replica, or the machine that had what it answered.
+_GONE = (RayActorError, ObjectLostError)
+# For calls that any replica can answer. Ray sends the next one to a replica that lives.
+_ask_another = retry(
+    retry=retry_if_exception_type(_GONE),
+    stop=stop_after_attempt(5),
+    wait=wait_random_exponential(multiplier=0.3, max=5),
+    reraise=True,
 )
 
 
@@ -38,14 +54,17 @@ class RemoteTextEncoder:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
+    @_ask_another
     async def encode(self, prompt: str) -> TextEmbedding:
         embedding: TextEmbedding = await self._handle.encode.remote(prompt)
         return embedding
 
+    @_ask_another
     async def rewrite(self, prompt: str, seed: int) -> str:
         rewritten: str = await self._handle.rewrite.remote(prompt, seed)
         return rewritten
 
+    @_ask_another
     async def agreement(self, latents: NDArray[np.float32], prompt: str) -> float:
         figure: float = await self._handle.agreement.remote(latents, prompt)
         return figure
@@ -57,11 +76,13 @@ class RemoteDenoiser:
     def __init__(self, handle: Any) -> None:
         self._handle = handle.options(stream=True)
 
-    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
-        events = self._handle.denoise.remote(request)
+    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
+        events = self._handle.denoise.remote(request, ray.get_runtime_context().current_actor)
         try:
             async for event in events:
                 yield event
+        except _GONE as error:
+            raise LostSession(f"{request.video_id}: the denoiser's replica is gone") from error
         finally:
             # Without effect after the end; before it, the replica's generator is cancelled where it waits.
             events.cancel()
@@ -77,23 +98,30 @@ class RemoteDecoder:
         self._handle = handle
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        try:
-            fragment: Fragment = await self._session(video_id).decode.remote(video_id, spec, chunk)
-        except RayActorError as error:
-            # The replica died, and the session with it: the next call goes to another one.
-            raise LostSession(f"{video_id}: the decoder's replica is gone") from error
+        fragment: Fragment = await self._asked("decode", video_id, spec, chunk)
         return fragment
+
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._asked("replay", video_id, spec, chunk)
 
     async def close(self, video_id: str) -> None:
         try:
             # A cancelled video is closed from a cancelled task: the call must get through all the same.
             await asyncio.shield(self._close(video_id))
-        except RayActorError:
+        except _GONE:
             return
 
+    @_ask_another
     async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         latents: NDArray[np.float32] = await self._handle.encode_frames.remote(frames)
         return latents
+
+    async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._session(video_id), method).remote(video_id, *args)
+        except _GONE as error:
+            # The replica died, and the session with it: the next call goes to another one.
+            raise LostSession(f"{video_id}: the decoder's replica is gone") from error
 
     async def _close(self, video_id: str) -> None:
         await self._session(video_id).close.remote(video_id)
@@ -102,7 +130,7 @@ class RemoteDecoder:
         return self._handle.options(session_id=video_id)
 
 
-def remote_stages(handles: StageHandles) -> Stages:
+def remote_stages(handles: StageHandles, bundle_digest: str) -> Stages:
     text_encoder, decoder = RemoteTextEncoder(handles.text_encoder), RemoteDecoder(handles.decoder)
     return Stages(
         text_encoder,
@@ -111,4 +139,5 @@ def remote_stages(handles: StageHandles) -> Stages:
         rewriter=text_encoder,
         captioner=text_encoder,
         encoder=decoder,
+        bundle_digest=bundle_digest,
     )

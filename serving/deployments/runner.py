@@ -16,7 +16,7 @@ from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
 from serving.deployments.courier import Courier
 from serving.deployments.remote import StageHandles, remote_stages
-from serving.deployments.storage import open_storage, webhook_policy
+from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
 from serving.jobs.sweeper import Sweeper
@@ -42,6 +42,7 @@ class Runner:
         self._poll_seconds = poll_seconds
         self._places = asyncio.Semaphore(max_videos)
         self._attempts: set[asyncio.Task[None]] = set()
+        self._by_video: dict[str, Attempt] = {}
         self._news = asyncio.Event()
         self._draining = False
 
@@ -57,6 +58,11 @@ class Runner:
     def wake(self) -> None:
         """There may be something in the queue."""
         self._news.set()
+
+    def tell(self, video_id: str) -> None:
+        """Somebody wants a video to stop: the store says so, and its attempt had better look. It may not be here."""
+        if attempt := self._by_video.get(video_id):
+            attempt.tell()
 
     async def run(self) -> None:
         """Claim and work until `drain`. When this is cancelled, what is in hand goes back to the queue."""
@@ -113,9 +119,13 @@ class Runner:
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
                 )
                 return
-            await Attempt(video, stages, self._store, self._artifacts, self._settings).run()
+            attempt = Attempt(video, stages, self._store, self._artifacts, self._settings)
+            self._by_video[video.id] = attempt
+            await attempt.run()
         except Exception:  # the lease runs out, and then it is tried again
             _log.exception("%s: the attempt broke off", video.id)
+        finally:
+            self._by_video.pop(video.id, None)
 
     def _ended(self, attempt: asyncio.Task[None]) -> None:
         self._attempts.discard(attempt)
@@ -126,13 +136,15 @@ class RunnerDeployment:
     """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
     def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
-        storage = open_storage(config)
+        storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
+        bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         self._runner = Runner(
             storage,
-            {name: remote_stages(of_model) for name, of_model in handles.items()},
+            {name: remote_stages(of_model, bundles[name].digest) for name, of_model in handles.items()},
             AttemptSettings(
                 lease_seconds=config.lease_seconds,
                 max_attempts=config.runner.max_attempts,
+                checkpoint_steps=config.runner.checkpoint_steps,
             ),
             max_videos=config.runner.max_videos,
             poll_seconds=config.runner.poll_seconds,
@@ -140,7 +152,6 @@ class RunnerDeployment:
         loop = asyncio.get_running_loop()
         self._running = loop.create_task(self._runner.run())
         sweeper = Sweeper(storage.videos, storage.artifacts, files=storage.files, quota_bytes=config.quota_bytes)
-        bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         batches = BatchWorker(
             storage, Catalog(bundles, config.model_aliases, config.text_encoder.rewriter), webhook_policy(config)
         )
@@ -161,16 +172,25 @@ class RunnerDeployment:
         """There is a new video in the store."""
         self._runner.wake()
 
+    async def tell(self, video_id: str) -> None:
+        """Somebody wants this video to stop."""
+        self._runner.tell(video_id)
+
     async def running(self) -> int:
         """Videos in hand."""
         return self._runner.running
+
+    async def hand_back(self) -> None:
+        """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""
+        self._running.cancel()
+        await asyncio.wait({self._running})
 
     async def drain(self) -> None:
         """Take nothing new, and return when what is in hand has ended. What is queued stays in the store."""
         await self._runner.drain()
 
     async def check_health(self) -> None:
-        if self._running.done() and not self._runner.draining:
+        if self._running.done() and not self._runner.draining and not self._running.cancelled():
             raise RuntimeError("the runner has stopped") from self._running.exception()
 
     async def __del__(self) -> None:

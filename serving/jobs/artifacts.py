@@ -14,15 +14,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import before_sleep_log, retry, retry_if_not_exception_type, stop_after_delay, wait_exponential
 
 from serving.jobs.fragment_log import FragmentLog
 
@@ -32,6 +33,20 @@ _PIECE_BYTES = 1 << 18
 # A file store that is away for so long costs no attempt at a video.
 _PATIENCE_SECONDS = 60
 _SCRATCH_SECONDS = 86400
+CHECKPOINTS = "checkpoints"
+# More than a runner has videos in hand.
+_THREADS = 64
+
+_T = TypeVar("_T")
+
+
+_patient = retry(
+    retry=retry_if_not_exception_type(FileNotFoundError),
+    stop=stop_after_delay(_PATIENCE_SECONDS),
+    wait=wait_exponential(multiplier=0.2, max=10),
+    before_sleep=before_sleep_log(_log, logging.WARNING),
+    reraise=True,
+)
 
 
 class ArtifactError(OSError):
@@ -63,6 +78,12 @@ class Artifacts:
         self._scratch = data_dir / "scratch"
         for directory in (self.videos_dir, self._scratch):
             directory.mkdir(parents=True, exist_ok=True)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
+
+    async def in_thread(self, work: Callable[..., _T], *args: Any) -> _T:
+        """Call `work` in a thread for files. asyncio's own few threads must stay free: when a file store hangs, leases
+        have to be kept all the same."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -99,10 +120,39 @@ class Artifacts:
         finally:
             await asyncio.to_thread(file.close)
 
+    @_patient
     def fetch(self, key: str, target: Path) -> None:
-        """Copy a file to `target`. Raises `FileNotFoundError`."""
+        """Copy a file to `target`. Tries for a minute when the file store fails; raises `FileNotFoundError` at once."""
         with self._files.open(self._path(key), "rb") as file, target.open("wb") as copy:
             shutil.copyfileobj(file, copy, _PIECE_BYTES)
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """As `put`, for what is in memory; tried once."""
+        with self.scratch() as path:
+            path.write_bytes(data)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            self._put_once(self._path(key), path)
+
+    def get_bytes(self, key: str) -> bytes:
+        """All of a file. Raises `FileNotFoundError`."""
+        data: bytes = self._files.cat_file(self._path(key))
+        return data
+
+    def names(self, key: str) -> list[str]:
+        """What lies directly below `key`; nothing when there is no such directory."""
+        self._files.invalidate_cache()
+        try:
+            found = self._files.ls(self._path(key), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
+
+    def remove_all(self, key: str) -> None:
+        """Delete everything below `key`; harmless when nothing is there."""
+        self._files.invalidate_cache()
+        with suppress(FileNotFoundError):
+            self._files.rm(self._path(key), recursive=True)
 
     @contextmanager
     def lines(self, key: str) -> Iterator[Iterator[bytes]]:
@@ -118,8 +168,8 @@ class Artifacts:
     def remove_video(self, video_id: str) -> None:
         """Delete a video's files and its fragment log; harmless when they are gone. Raises `ValueError` for no id."""
         log = FragmentLog.open(self.videos_dir, video_id)
-        with suppress(FileNotFoundError):
-            self._files.rm(self._path(f"videos/{video_id}"), recursive=True)
+        for key in (f"videos/{video_id}", checkpoint_key(video_id)):
+            self.remove_all(key)
         shutil.rmtree(log.path, ignore_errors=True)
 
     def clear_scratch(self) -> None:
@@ -134,14 +184,11 @@ class Artifacts:
             raise ValueError(f"not a key: {key!r}")
         return f"{self._root.rstrip('/')}/{key}"
 
-    @retry(
-        retry=retry_if_exception_type(Exception),
-        stop=stop_after_delay(_PATIENCE_SECONDS),
-        wait=wait_exponential(multiplier=0.2, max=10),
-        before_sleep=before_sleep_log(_log, logging.WARNING),
-        reraise=True,
-    )
+    @_patient
     def _put(self, path: str, source: Path) -> None:
+        self._put_once(path, source)
+
+    def _put_once(self, path: str, source: Path) -> None:
         if self._local:
             _move(source, Path(path))
         else:
@@ -150,6 +197,11 @@ class Artifacts:
 
 def video_key(video_id: str, name: str) -> str:
     return f"videos/{video_id}/{name}"
+
+
+def checkpoint_key(video_id: str) -> str:
+    """Apart from the videos, so that those that were left behind are found without looking through all of them."""
+    return f"{CHECKPOINTS}/{video_id}"
 
 
 def _move(source: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 
 _BUSY_SECONDS = 30
 # One file a step; no package, for Alembic runs its files in a context of its own.
@@ -27,6 +27,10 @@ _BEFORE_ALEMBIC = "0001"
 
 class DatabaseError(OSError):
     """The database can't be used; the message says what to do about it."""
+
+
+class DatabaseAway(DatabaseError):  # noqa: N818
+    """It doesn't answer; that may pass."""
 
 
 class Database:
@@ -51,13 +55,18 @@ class Database:
         """`url` is such as `sqlite:////var/lib/rushes/videos.db` or `postgresql://user@host/name`.
 
         An SQLite database is made and upgraded on the spot. Any other must be the newest already: a start must not
-        change what older replicas are still working with. Raises `DatabaseError`.
+        change what older replicas are still working with. Raises `DatabaseError`, for one that doesn't answer
+        `DatabaseAway`.
         """
         database = cls(url)
-        if database.is_sqlite:
-            database.upgrade()
-        else:
-            database.check()
+        try:
+            if database.is_sqlite:
+                database.upgrade()
+            else:
+                database.check()
+        except OperationalError as error:
+            database.dispose()
+            raise DatabaseAway(f"the database can't be reached: {str(error.orig).strip()}") from error
         return database
 
     def read(self) -> AbstractContextManager[Connection]:

@@ -6,6 +6,7 @@ A directory a video:
     00000000.m4s …  the fragments
     index.jsonl     a line for each fragment, in order, and a last line that says how the log ended
     fence           the newest attempt's fence; locked while anything here is written
+    origin          a name for all that the fragments are made from
 
 A fragment's file is whole and on disk before its line is written, so a line can be trusted, and a crash leaves at most
 a file without a line, a temporary file, or half a line at the very end: the next writer clears them away, readers never
@@ -90,12 +91,14 @@ class FragmentLog:
         return cls(root, video_id)
 
     @classmethod
-    async def create(cls, root: Path, video_id: str, *, fence: int) -> LogWriter:
+    async def create(cls, root: Path, video_id: str, *, fence: int, origin: str | None = None) -> LogWriter:
         """For writing as the attempt with this fence, whether the log is new or an earlier attempt left it.
 
-        From here on, older fences can't write. Raises `StaleFence` when a newer one was here already.
+        From here on, older fences can't write. Raises `StaleFence` when a newer one was here already. `origin` names
+        all that the bytes are made from; raises `LogError` when there are fragments of another origin already, which
+        the rest would not go with.
         """
-        writer = LogWriter(cls(root, video_id), fence)
+        writer = LogWriter(cls(root, video_id), fence, origin)
         await asyncio.to_thread(writer._take_over)
         return writer
 
@@ -175,10 +178,14 @@ class FragmentLog:
 class LogWriter:
     """The one attempt that may write. Every method may be tried again after an error; nothing half-written shows."""
 
-    def __init__(self, log: FragmentLog, fence: int) -> None:
+    def __init__(self, log: FragmentLog, fence: int, origin: str | None = None) -> None:
         """Use `FragmentLog.create`."""
         self.log = log
         self.fence = fence
+        self._origin = origin
+        self._last: LogEntry | None = None
+        self.trusted = 0
+        """How many fragments earlier attempts left that are known to be of this attempt's origin."""
         self._index = _Index(log.path)
         self._count = 0
         self._end: LogEnd | None = None
@@ -199,11 +206,33 @@ class LogWriter:
         """No more fragments will come. Raises `LogError` when the log was closed as whole, or `StaleFence`."""
         await asyncio.to_thread(self._finish, LogEnd(code, message[:_LONGEST_MESSAGE]))
 
+    @property
+    def frames(self) -> int:
+        """How many frames the log holds."""
+        return self._last.first_frame + self._last.frames if self._last else 0
+
+    def check_fence(self) -> None:
+        """Raises `StaleFence` when a newer attempt has begun, `FileNotFoundError` when the video is deleted."""
+        with self._locked():
+            pass
+
     def _take_over(self) -> None:
         self.log.path.mkdir(parents=True, exist_ok=True)
         with self._locked(taking_over=True):
             for leftover in self.log.path.glob("*.tmp"):
                 leftover.unlink()
+            if self._origin is not None:
+                self._compare_origins(self._origin)
+
+    def _compare_origins(self, origin: str) -> None:
+        path = self.log.path / "origin"
+        found = path.read_text() if path.exists() else None
+        if self._count and found not in (None, origin):
+            raise LogError(f"{self.log.video_id}: the model was changed after the video's first frames were shown")
+        if self._count == 0:
+            _write_whole(path, origin.encode())
+        elif found is not None:
+            self.trusted = self._count
 
     def _append(self, index: int, first_frame: int, frames: int, init: bytes, data: bytes) -> None:
         with self._locked():
@@ -258,7 +287,7 @@ class LogWriter:
         if isinstance(line, LogEnd):
             self._end = line
         else:
-            self._count = line.index + 1
+            self._count, self._last = line.index + 1, line
 
 
 class _Index:

@@ -60,15 +60,21 @@ class VideoStore(Protocol):
     async def claim(self, runner_id: str, lease_seconds: float) -> Video | None:
         """Take a video whose runner has let its lease run out, else the oldest queued one of the lowest priority.
 
-        Counts an attempt and raises the fence; None when there is nothing to do. A video that has used up its attempts,
-        or that was cancelled while nobody ran it, is failed on the way instead (`attempts_exhausted`, `cancelled`).
+        Counts an attempt and raises the fence; None when there is nothing to do. A runner that vanished says little
+        about the videos that it had, so more attempts of that kind are allowed than of those that failed. A video that
+        has used up either, or that was cancelled while nobody ran it, is failed on the way instead
+        (`attempts_exhausted`, `cancelled`).
         """
 
     async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
         """Lease it for another `lease_seconds` from now. The answer's `cancel_requested` is news for the runner."""
 
-    async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
-        """Note `progress`, 0 to 100. The answer's `cancel_requested` is news for the runner."""
+    async def set_progress(self, video_id: str, fence: int, progress: int, *, headway: bool = False) -> Video:
+        """Note `progress`, 0 to 100. The answer's `cancel_requested` is news for the runner.
+
+        `headway`: something that the next attempt needn't make again is kept, so this counts as the first attempt. A
+        video can make headway only so often, so its attempts stay bounded.
+        """
 
     async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
         """Replace what determines the frames, once more of it is known (the rewritten prompt)."""

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 MAX_ATTEMPTS = 3
+MAX_LAPSES = 10
 RETENTION_SECONDS = 30 * 86400.0
 IDEMPOTENCY_SECONDS = 86400.0
 # A runner that is told that its video was deleted still writes down how its log ended; that must not come after the
@@ -71,12 +72,13 @@ class SqlVideoStore:
         database: Database | str,
         *,
         max_attempts: int = MAX_ATTEMPTS,
+        max_lapses: int = MAX_LAPSES,
         retention_seconds: float = RETENTION_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """A URL is opened. A video that has ended is kept for `retention_seconds`. Raises `DatabaseError`."""
         self._database = Database.open(database) if isinstance(database, str) else database
-        self._max_attempts = max_attempts
+        self._max_attempts, self._max_lapses = max_attempts, max_lapses
         self._retention_seconds = retention_seconds
         self._clock = clock
 
@@ -101,8 +103,9 @@ class SqlVideoStore:
     async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
         return await self._write(video_id, fence, lambda _: {"lease_until": self._clock() + lease_seconds})
 
-    async def set_progress(self, video_id: str, fence: int, progress: int) -> Video:
-        return await self._write(video_id, fence, lambda _: {"progress": progress})
+    async def set_progress(self, video_id: str, fence: int, progress: int, *, headway: bool = False) -> Video:
+        first = {"attempt": 1, "lapses": 0} if headway else {}
+        return await self._write(video_id, fence, lambda _: {"progress": progress, **first})
 
     async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
         return await self._write(video_id, fence, lambda _: {"request": dict(request)})
@@ -120,7 +123,7 @@ class SqlVideoStore:
 
     async def requeue(self, video_id: str, fence: int, *, count_attempt: bool = True) -> Video:
         def changes(video: Video) -> dict[str, Any]:
-            if count_attempt and video.attempt >= self._max_attempts:
+            if count_attempt and video.attempt - video.lapses >= self._max_attempts:
                 return self._exhausted(video)
             attempt = video.attempt if count_attempt else video.attempt - 1
             return {"status": VideoStatus.QUEUED, "attempt": attempt, "runner_id": None, "lease_until": None}
@@ -210,14 +213,16 @@ class SqlVideoStore:
                 if row is None:
                     return None
                 video = self.from_row(row)
+                lapses = video.lapses + (video.status is VideoStatus.IN_PROGRESS)
                 if video.cancel_requested:
                     self._update(connection, video, self._cancelled(video))
-                elif video.attempt >= self._max_attempts:
+                elif lapses >= self._max_lapses or video.attempt - lapses >= self._max_attempts:
                     self._update(connection, video, self._exhausted(video))
                 else:
                     claimed = {
                         "status": VideoStatus.IN_PROGRESS,
                         "attempt": video.attempt + 1,
+                        "lapses": lapses,
                         "fence": video.fence + 1,
                         "runner_id": runner_id,
                         "lease_until": now + lease_seconds,
@@ -307,7 +312,7 @@ class SqlVideoStore:
         return self._failed(video, "cancelled", "The video was cancelled.") | {"cancel_requested": True}
 
     def _exhausted(self, video: Video) -> dict[str, Any]:
-        said = f"The video was tried {self._max_attempts} times and never finished."
+        said = f"The video was tried {video.attempt} times and never finished."
         return self._failed(video, "attempts_exhausted", said)
 
     def _failed(self, video: Video, code: str, message: str) -> dict[str, Any]:

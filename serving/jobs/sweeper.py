@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from serving.jobs.artifacts import Artifacts
+from serving.jobs.artifacts import CHECKPOINTS, Artifacts, checkpoint_key
 from serving.jobs.files import FileStore
 from serving.jobs.protocol import VideoStore
 from serving.jobs.video import Video
@@ -62,7 +62,15 @@ class Sweeper:
                     _log.info("%s goes before its time: there are more than %d bytes", video.id, self._quota_bytes)
                     await self.remove(video)
                 swept += len(videos)
+        await self._sweep_checkpoints()
         return swept
+
+    async def _sweep_checkpoints(self) -> None:
+        """Those of videos that have ended without an attempt that could remove them, or that are gone."""
+        for video_id in await self._artifacts.in_thread(self._artifacts.names, CHECKPOINTS):
+            video = await self._store.get(video_id)
+            if video is None or video.status.final:
+                await self._artifacts.in_thread(self._artifacts.remove_all, checkpoint_key(video_id))
 
     async def remove(self, video: Video) -> None:
         """Delete one video that has ended."""

@@ -33,11 +33,12 @@ class Video:
     """One video as the store knows it. Times are seconds since the epoch; `progress` is 0 to 100.
 
     `request` is everything that determines the frames, as JSON (the resolved `VideoSpec`'s fields).
-    `attempt` counts the tries at it; `fence` grows with each, and only its newest value may write. `work` is what it
-    costs, in units that are only ever compared. `owner` is the id of the API key that made it. From `expires_at` on a
-    video that has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted
-    it. A completed one has `artifacts`: size and hash by file name. A batch's has the place of
-    its line in the file and the name that it has there. `webhook_url` is told of its end.
+    `attempt` counts the tries at it since something of it was last kept for good, and `lapses` those of them that ended
+    with their runner; `fence` grows with each try, and only its newest value may write. `work` is what it costs, in
+    units that are only ever compared. `owner` is the id of the API key that made it. From `expires_at` on a video that
+    has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted it. A completed one
+    has `artifacts`: size and hash by file name. A batch's has the place of its line in the file and the name that it
+    has there. `webhook_url` is told of its end.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Video:
     batch_line: int | None = None
     custom_id: str | None = None
     webhook_url: str | None = None
+    lapses: int = 0
 
 
 class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word

@@ -83,21 +83,7 @@ class EngineDecoder:
         return sum(session.placed for session in self._sessions.values())
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        if chunk.index == 0:
-            self._sessions[video_id] = _Session()  # a replay starts afresh
-        session = self._sessions.get(video_id)
-        if session is None:
-            raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
-        session.users += 1
-        try:
-            async with session.turn:
-                frames = await self._decode(video_id, spec.seed, session, chunk)
-        finally:
-            session.users -= 1
-            session.idle_since = asyncio.get_running_loop().time()
-            if not session.placed and not session.users and self._sessions.get(video_id) is session:
-                del self._sessions[video_id]  # cancelled while it waited for a place
-            self._changed.set()
+        frames = await self._frames(video_id, spec.seed, chunk)
         start = first_frame(self._manifest, chunk.index)
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
@@ -105,6 +91,9 @@ class EngineDecoder:
         loop = asyncio.get_running_loop()
         encoded: EncodedFragment = await loop.run_in_executor(self._encode_thread, encode)
         return Fragment(index=chunk.index, frames=len(frames), first_frame=start, init=encoded.init, data=encoded.data)
+
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._frames(video_id, spec.seed, chunk)
 
     async def close(self, video_id: str) -> None:
         self._sessions.pop(video_id, None)
@@ -114,6 +103,24 @@ class EngineDecoder:
         """Wait for the calls that are running."""
         await asyncio.to_thread(self._decode_thread.shutdown)
         await asyncio.to_thread(self._encode_thread.shutdown)
+
+    async def _frames(self, video_id: str, seed: int, chunk: LatentChunk) -> NDArray[np.uint8]:
+        """The chunk's frames uint8 `[n, height, width, 3]`, uncropped."""
+        if chunk.index == 0:
+            self._sessions[video_id] = _Session()  # a replay starts afresh
+        session = self._sessions.get(video_id)
+        if session is None:
+            raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
+        session.users += 1
+        try:
+            async with session.turn:
+                return await self._decode(video_id, seed, session, chunk)
+        finally:
+            session.users -= 1
+            session.idle_since = asyncio.get_running_loop().time()
+            if not session.placed and not session.users and self._sessions.get(video_id) is session:
+                del self._sessions[video_id]  # cancelled while it waited for a place
+            self._changed.set()
 
     async def _decode(self, video_id: str, seed: int, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
         """In the session's turn: decode the chunk and move the cache on."""

@@ -12,11 +12,11 @@ from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Engine, EngineError, arrays_of
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
-from serving.pipeline.scheduler import Entry, Limits, StepScheduler
+from serving.pipeline.scheduler import Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
-from serving.pipeline.stages import DenoiseRequest, LatentChunk, StepDone
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, StepDone
 
-_Event = StepDone | LatentChunk | Exception
+_Event = DenoiseEvent | Exception
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +82,12 @@ class EngineDenoiser:
         """Rows times tokens times steps that are still to run."""
         return self._scheduler.outstanding_tokens
 
-    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
+    @property
+    def trace(self) -> Sequence[TraceLine]:
+        """What ran in the last engine calls, and who left; a session is a video's id and a number."""
+        return self._scheduler.trace
+
+    async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
         """Raises `EngineError` when a call that held this video failed, `ValueError` when no call could hold it."""
         async with self._free:
             id, events = self._open(request)
@@ -109,22 +114,23 @@ class EngineDenoiser:
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
         session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
+        id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
         self._scheduler.add(
             Entry(
-                id=self._opened,
+                id=id,
                 shape=_group(session),
                 rows=session.rows,
                 tokens_per_row=session.tokens_per_row,
-                steps=session.calls,
+                steps=session.calls - session.calls_done,
             )
         )
         # Everything a session can say fits, so the loop never waits for a slow reader.
-        events: asyncio.Queue[_Event] = asyncio.Queue(session.calls + session.chunks + 1)
-        self._places[self._opened] = _Place(session, events)
+        events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
+        self._places[id] = _Place(session, events)
         if self._loop is None:
             self._loop = asyncio.create_task(self._run(), name="denoiser")
         self._work.set()
-        return self._opened, events
+        return id, events
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -143,11 +149,11 @@ class EngineDenoiser:
             for id, place, finished in zip(ids, batch, chunks, strict=True):
                 self._report(id, place, finished)
 
-    def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk]) -> None:
+    def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
         session = place.session
         place.events.put_nowait(StepDone(session.calls_done, session.calls))
-        for chunk in finished:
-            place.events.put_nowait(chunk)
+        for event in finished:
+            place.events.put_nowait(event)
         if session.calls_done < session.calls:
             self._scheduler.reshape(id, _group(session), session.tokens_per_row)
 
@@ -158,7 +164,7 @@ class EngineDenoiser:
             if place := self._places.pop(id, None):
                 place.events.put_nowait(error)
 
-    def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk]]:
+    def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk | SamplerState]]:
         """One engine call for all of `batch`, in the engine's thread; returns what each session finished."""
         fed = [session.feeds() for session in batch]
         engine = self._engines[batch[0].graph]

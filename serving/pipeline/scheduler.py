@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
+
+_TRACE_LINES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,15 @@ class Entry:
         return self.rows * self.tokens_per_row
 
 
+@dataclass(frozen=True, slots=True)
+class TraceLine:
+    """What the scheduler did: these sessions `ran` in step `step`, or were `removed` unfinished after it."""
+
+    step: int
+    event: Literal["ran", "removed"]
+    sessions: tuple[Hashable, ...]
+
+
 @dataclass(slots=True)
 class _Place:
     """`used` is the engine work, in tokens weighted by priority, that the session has had since a common zero."""
@@ -61,6 +74,13 @@ class StepScheduler:
         self._places: dict[Hashable, _Place] = {}
         self._level = 0.0
         self._order = 0
+        self._steps = 0
+        self._trace: deque[TraceLine] = deque(maxlen=_TRACE_LINES)
+
+    @property
+    def trace(self) -> Sequence[TraceLine]:
+        """The last some hundred lines, oldest first."""
+        return tuple(self._trace)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -94,7 +114,8 @@ class StepScheduler:
 
     def remove(self, id: Hashable) -> None:
         """Harmless when the session isn't here."""
-        self._places.pop(id, None)
+        if self._places.pop(id, None) is not None:
+            self._trace.append(TraceLine(self._steps, "removed", (id,)))
 
     def next_step(self) -> list[Hashable]:
         """The sessions that run one step now, all of one shape; empty when there are none.
@@ -116,6 +137,8 @@ class StepScheduler:
             tokens -= entry.tokens
             chosen.append(entry.id)
             self._charge(place)
+        self._steps += 1
+        self._trace.append(TraceLine(self._steps, "ran", tuple(chosen)))
         return chosen
 
     def _charge(self, place: _Place) -> None:

@@ -17,7 +17,7 @@ from models.bundle import GraphName, Manifest
 from models.samplers import SamplerTable, advance
 from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
-from serving.pipeline.stages import DenoiseRequest, LatentChunk
+from serving.pipeline.stages import DenoiseRequest, LatentChunk, SamplerState
 
 Floats = NDArray[np.float32]
 
@@ -36,7 +36,10 @@ def open_session(manifest: Manifest, request: DenoiseRequest, arrays: Arrays = H
 
 
 class Session(ABC):
-    """One video being denoised. Every call holds `rows` rows of it: the prompt's, and when guided the negative's."""
+    """One video being denoised. Every call holds `rows` rows of it: the prompt's, and when guided the negative's.
+
+    One that was begun elsewhere goes on from there, to the same bits: `calls_done` doesn't begin at 0 then.
+    """
 
     def __init__(self, manifest: Manifest, request: DenoiseRequest) -> None:
         spec, sampler = request.spec, manifest.sampler
@@ -75,7 +78,7 @@ class Session(ABC):
     @property
     @abstractmethod
     def calls(self) -> int:
-        """How many engine calls the video takes."""
+        """How many engine calls the video takes from its beginning."""
 
     @property
     def graph(self) -> GraphName:
@@ -92,8 +95,9 @@ class Session(ABC):
         """The next call's inputs, each `[rows, …]`."""
 
     @abstractmethod
-    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
-        """Go on from the call's outputs, each `[rows, …]`; returns the chunks that this call finished."""
+    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
+        """Go on from the call's outputs, each `[rows, …]`; returns the chunks that this call finished, or a state that
+        is worth keeping."""
 
 
 class BidirectionalSession(Session):
@@ -111,6 +115,15 @@ class BidirectionalSession(Session):
         noise = self._noise.draw(self._shape)
         self._held = self._source.within(0, noise, clean=manifest.timesteps_by_frame)
         self._state = self._held.begin(self._table, noise)
+        self._state_every = request.state_every
+        if request.begun.state is not None:
+            self._go_on_from(request)
+
+    def _go_on_from(self, request: DenoiseRequest) -> None:
+        begun, step = request.begun.state, request.begun.step
+        if begun is None or begun.shape != self._state.shape or not 0 < step < self.calls:
+            raise ValueError(f"{request.video_id}: what was kept after step {step} is not of this video")
+        self._state, self.calls_done = begun, step
 
     @property
     def calls(self) -> int:
@@ -140,12 +153,14 @@ class BidirectionalSession(Session):
         by_frame[:, : self._held.frames] = 0
         return by_frame
 
-    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
+    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
         self._state = _advance(self._table, self.calls_done, self._state, outputs["velocity"], self._noise)
         self.calls_done += 1
         self._held.put(self._state, float(self._table.sigmas[self.calls_done]))
         if self.calls_done < self.calls:
-            return []
+            kept = self._state_every and self.calls_done % self._state_every == 0
+            # Not a copy: a step makes a new array and leaves this one as it is.
+            return [SamplerState(self.calls_done, self._state)] if kept else []
         latents = self._state[0][:, self._added :]
         parts = self._manifest.chunks(latents.shape[1])
         return [
@@ -159,7 +174,9 @@ class CausalSession(Session):
 
     A chunk is out before that pass, which the last one doesn't need; one that is given takes that pass alone. All that
     a chunk depends on is the cache and noise of its own, drawn from the seed and its index; so the start of a video
-    doesn't depend on its length, and neither do a call's cost and the memory that is held.
+    doesn't depend on its length, and neither do a call's cost and the memory that is held. A chunk that was finished
+    elsewhere takes that pass alone too, from the first one on: in all but one layer a chunk's part of the cache depends
+    on the chunks before it.
     """
 
     _state: Floats
@@ -175,12 +192,20 @@ class CausalSession(Session):
         causal = manifest.causal
         # One allocation for the whole video; a chunk overwrites the one that has left the window.
         self._cache = arrays.zeros((self.rows, causal.layers, 2, self._window.cached_frames, *grid, causal.dim))
+        self._finished = request.begun.chunks
+        if len(self._finished) >= self.chunks:
+            raise ValueError(f"{request.video_id}: all {self.chunks} chunks are finished")
+        self.calls_done = max(0, len(self._finished) - self._given) * self._table.steps
         self._begin_chunk(0)
 
     @property
     def calls(self) -> int:
-        given = self._source.frames // self._chunk_frames
-        return given + (self.chunks - given) * (self._table.steps + 1) - 1
+        return self._given + (self.chunks - self._given) * (self._table.steps + 1) - 1
+
+    @property
+    def _given(self) -> int:
+        """Chunks that are nothing but what the video begins from."""
+        return self._source.frames // self._chunk_frames
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -198,13 +223,13 @@ class CausalSession(Session):
             "write_index": np.full(self.rows, self._chunk, np.int64),
         }
 
-    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk]:
+    def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
         self.calls_done += 1
         if self._step == self._table.steps:
             self._cache[:, :, :, self._window.frames_of(self._chunk)] = outputs["chunk_cache"]
-            given = [self._shown()] if self._held.whole else []
+            given = [self._shown()] if self._held.whole and self._chunk >= len(self._finished) else []
             self._begin_chunk(self._chunk + 1)
-            return given
+            return [*given]
         self._state = _advance(self._table, self._step, self._state, outputs["velocity"], self._noise)
         self._step += 1
         self._held.put(self._state, float(self._table.sigmas[self._step]))
@@ -224,9 +249,13 @@ class CausalSession(Session):
         noise = self._noise.draw(self.shape)
         self._held = self._source.within(chunk * self._chunk_frames, noise)
         self._state = self._held.begin(self._table, noise)
-        self._step = self._table.steps if self._held.whole else 0
-        if self._held.whole:
+        self._step = 0
+        if chunk < len(self._finished):
+            self._state[0] = self._finished[chunk]
+            self._step = self._table.steps
+        elif self._held.whole:
             self._held.put(self._state, 0.0)
+            self._step = self._table.steps
 
 
 class _Noise:

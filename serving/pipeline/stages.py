@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.samplers import SamplerName
+from serving.jobs.checkpoint import NOTHING, Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,9 @@ class DenoiseRequest:
     `scenes` are `spec.scene_prompts`, encoded: from a time on another embedding stands in for `conditional`, while the
     cached context is kept. `source` is what `spec.source` is as normalised latents float32 `[channels, frames, height,
     width]`.
+
+    `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
+    bidirectional video reports its sampler's state; 0 means never.
     """
 
     video_id: str
@@ -71,11 +75,13 @@ class DenoiseRequest:
     unconditional: TextEmbedding | None
     scenes: tuple[tuple[float, TextEmbedding], ...] = ()
     source: NDArray[np.float32] | None = None
+    begun: Checkpoint = NOTHING
+    state_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """The denoiser made `step` of `steps` calls for a video, over all chunks and with their clean-context passes."""
+    """`step` of a video's `steps` calls are made, over all chunks and with their clean-context passes."""
 
     step: int
     steps: int
@@ -88,6 +94,18 @@ class LatentChunk:
     index: int
     latents: NDArray[np.float32]
     last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerState:
+    """What a bidirectional video's sampler holds after `step` steps: float32 `[1 + history, channels, frames, height,
+    width]`, the latents first. With it the video can be gone on with elsewhere."""
+
+    step: int
+    state: NDArray[np.float32]
+
+
+DenoiseEvent = StepDone | LatentChunk | SamplerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +130,11 @@ class FrameEncoder(Protocol):
 
 
 class Denoiser(Protocol):
-    def denoise(self, request: DenoiseRequest) -> AsyncGenerator[StepDone | LatentChunk, None]:
-        """Closing the generator cancels the video: its rows leave the batch before the next step."""
+    def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
+        """Closing the generator cancels the video: its rows leave the batch before the next step.
+
+        Raises `LostSession` when whoever held the video is gone: ask again, beginning from what there is.
+        """
 
 
 class Decoder(Protocol):
@@ -122,9 +143,13 @@ class Decoder(Protocol):
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         """Chunk 0 opens the session, the last chunk closes it. Raises `LostSession` if chunk n - 1 wasn't seen here."""
 
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        """As `decode`, for a chunk whose fragment is there already: only the cache moves on."""
+
     async def close(self, video_id: str) -> None:
         """Free the session's cache; harmless when there is none."""
 
 
 class LostSession(LookupError):  # noqa: N818
-    """The decoder has no session that ends at the chunk before: replay the video's chunks from 0."""
+    """A stage doesn't have the video's session any more. The decoder has none that ends at the chunk before: replay the
+    video's chunks from 0."""

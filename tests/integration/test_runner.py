@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service import WholeService
+from service import WholeService, until
 
 from models.bundle import Bundle
 from serving.engines.engine import EngineError
@@ -35,6 +35,9 @@ class GatedDecoder:
             await self.gate.wait()
         return await self._decoder.decode(video_id, spec, chunk)
 
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._decoder.replay(video_id, spec, chunk)
+
     async def close(self, video_id: str) -> None:
         await self._decoder.close(video_id)
 
@@ -51,12 +54,6 @@ class BrokenDenoiser:
 async def service(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[WholeService]:
     async with LocalPipeline.open(tiny_bundle) as pipeline:
         yield WholeService(tiny_bundle, pipeline, tmp_path)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Bounded by the test's own time limit."""
-    while not holds():  # noqa: ASYNC110 - nothing here could set an event
-        await asyncio.sleep(0.001)
 
 
 async def in_state(service: WholeService, video_id: str, good: Callable[[VideoStatus], bool]) -> Video:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from serving.jobs.store import (
+    MAX_LAPSES,
     Idempotency,
     IdempotencyConflict,
     SqlVideoStore,
@@ -123,14 +124,43 @@ async def test_a_video_that_has_ended_can_not_be_written(store: SqlVideoStore) -
 
 
 async def test_attempts_are_bounded_when_runners_die(store: SqlVideoStore, clock: Clock) -> None:
+    """By more than when they fail: a runner takes down everything that it has in hand."""
     created = await store.create(make_video())
-    for attempt in (1, 2, 3):
-        assert (await claimed(store, lease_seconds=30)).attempt == attempt
+    for attempt in range(1, MAX_LAPSES + 1):
+        video = await claimed(store, lease_seconds=30)
+        assert (video.attempt, video.lapses) == (attempt, attempt - 1)
         clock.now += 31
     assert await store.claim("runner", 30) is None
     failed = await store.get(created.id)
     assert failed is not None
     assert (failed.status, failed.error_code, failed.completed_at) == ("failed", "attempts_exhausted", clock.now)
+
+
+async def test_failures_count_among_dying_runners(store: SqlVideoStore, clock: Clock) -> None:
+    await store.create(make_video())
+    for _ in range(2):
+        video = await claimed(store, lease_seconds=30)
+        clock.now += 31
+        video = await claimed(store)
+        await store.requeue(video.id, video.fence)
+    video = await claimed(store)
+    assert (video.attempt, video.lapses) == (5, 2)
+    assert (await store.requeue(video.id, video.fence)).error_code == "attempts_exhausted"
+
+
+async def test_headway_gives_a_video_its_attempts_back(store: SqlVideoStore, clock: Clock) -> None:
+    await store.create(make_video())
+    for _ in range(2 * MAX_LAPSES):
+        video = await claimed(store, lease_seconds=30)
+        assert video.attempt <= 2
+        told = await store.set_progress(video.id, video.fence, 10, headway=True)
+        assert (told.attempt, told.lapses, told.fence) == (1, 0, video.fence)
+        clock.now += 31
+    for attempt in (2, 3):
+        video = await claimed(store)
+        assert video.attempt - video.lapses == attempt - 1
+        await store.set_progress(video.id, video.fence, 20)
+        await store.requeue(video.id, video.fence)
 
 
 async def test_attempts_are_bounded_when_runners_give_up(store: SqlVideoStore) -> None:
@@ -153,7 +183,7 @@ async def test_draining_costs_no_attempt_but_a_fence(store: SqlVideoStore) -> No
 
 async def test_an_exhausted_video_does_not_hide_the_next_one(store: SqlVideoStore, clock: Clock) -> None:
     await store.create(make_video())
-    for _ in range(3):
+    for _ in range(MAX_LAPSES):
         await claimed(store, lease_seconds=30)
         clock.now += 31
     waiting = await store.create(make_video())
