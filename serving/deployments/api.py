@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections import Counter, defaultdict
+from itertools import product
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from ray import serve
@@ -14,12 +16,10 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.load import StageLoad
 from serving.config import ServiceConfig
+from serving.deployments.remote import StageName, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
-
-# As `build_app` names their deployments, behind the model's name.
-STAGES = ("text-encoder", "denoiser", "decoder")
 
 
 class ApiDeployment:
@@ -47,18 +47,17 @@ class ApiDeployment:
         )
 
     async def _stages(self) -> list[StageLoad]:
-        """As Ray Serve's controller counts their replicas."""
-        application = serve.get_replica_context().app_name
+        """As Ray Serve's controller counts their replicas, in whichever applications they are."""
         status = await asyncio.to_thread(serve.status)
-        deployments = status.applications[application].deployments
+        states: dict[str, Counter[str]] = defaultdict(Counter)
+        for application in status.applications.values():
+            for name, deployment in application.deployments.items():
+                states[name].update(deployment.replica_states)
         loads = []
-        for model in self._config.models:
-            for stage in STAGES:
-                states = deployments[f"{model}-{stage}"].replica_states
-                total = sum(states.values()) - states.get("STOPPING", 0)
-                loads.append(
-                    StageLoad(model=model, stage=stage, replicas=states.get("RUNNING", 0), target_replicas=total)
-                )
+        for model, stage in product(self._config.models, get_args(StageName)):
+            found = states[stage_name(model, stage)]
+            wanted = found.total() - found["STOPPING"]
+            loads.append(StageLoad(model=model, stage=stage, replicas=found["RUNNING"], target_replicas=wanted))
         return loads
 
     async def _wake(self, video_id: str | None = None) -> None:
