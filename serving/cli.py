@@ -454,13 +454,14 @@ def export_tensorrt(
         _fail(f"--graph must be one of {', '.join(SERVED_GRAPHS)}, not {unknown[0]!r}", BAD_INPUT)
     flags = [name for name, on in (("refit", refit), ("weight_streaming", weight_streaming), ("tf32", tf32)) if on]
     with _said_in_one_line(), _console.status("building") as status:
+        sizes = [_size(text) for text in size or ()]
         try:
             plans = export_plans(
                 LoadedBundle.load(bundle),
                 open_target(runtime.value, compute_capability),
                 cache or bundle / PLANS,
                 graphs=[name for name in SERVED_GRAPHS if graph is None or name in graph],
-                sizes=[_size(text) for text in size or ()],
+                sizes=sizes,
                 any_size=any_size,
                 rows=rows,
                 flags=cast(Any, flags),

@@ -78,9 +78,10 @@ class Fleet:
             if new:
                 self._serve.run_many(self._targets(new, config))
         except RuntimeError as error:
+            reason = self._why([model.app for model in new.values()]) or _reason(error)
             for model in new.values():
                 self._serve.delete(model.app)
-            raise FleetError(f"{', '.join(new)} can't be started, so nothing was changed: {_reason(error)}") from error
+            raise FleetError(f"{', '.join(new)} can't be started, so nothing was changed: {reason}") from error
         for target in self._front(models, config):
             self._serve.run_many([target])
         self._config, self._models = config, models
@@ -130,6 +131,18 @@ class Fleet:
     def _existing(self, deployment: str, app: str) -> Any:
         # Unchecked: what runs and what calls it are started at once.
         return self._serve.get_deployment_handle(deployment, app, _check_exists=False)
+
+    def _why(self, apps: list[str]) -> str:
+        """What a replica that didn't start raised: in Ray's message, behind the whole traceback."""
+        applications = self._serve.status().applications
+        for app in apps:
+            if app not in applications:
+                continue
+            for deployment in applications[app].deployments.values():
+                raised = [line for line in deployment.message.splitlines() if "Error: " in line]
+                if raised:
+                    return str(raised[-1].partition("Error: ")[2].strip())
+        return ""
 
     def _wait_for_the_old_runner(self) -> None:
         """Until only replicas of the new one are there. Ray ends the others after `graceful_shutdown_seconds`."""

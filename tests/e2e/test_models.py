@@ -154,7 +154,7 @@ def test_models_come_go_and_change_under_running_videos(
     assert running.names() == ["kept", "rolled"]
     assert replicas("rushes-model-added") == set()
     refused = httpx.post(f"{running.service.url}/v1/videos", json=ASKED | {"model": "added"})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")
     assert running.change(kept=tiny_bundle.root, rolled=new) == []
 
 
