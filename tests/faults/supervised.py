@@ -1,0 +1,125 @@
+"""`rushes serve` as a machine runs it: in processes of its own, and started again whenever it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+# What each process of the service is called, by a part of its command line.
+PROCESSES = {
+    "runner": "rushes-runner:runner",
+    "api": "rushes:api",
+    "text encoder": "text-encoder",
+    "denoiser": "-denoiser",
+    "decoder": "-decoder",
+    "controller": "ServeController",
+    "proxy": "ProxyActor",
+    "head (gcs)": "gcs_server",
+    "head (raylet)": "raylet/raylet",
+    "rushes serve": "serving.cli",
+}
+_MARK = "RUSHES_SUPERVISED"
+
+
+class SupervisedService:
+    """`with` it. `kill` ends one of its processes; nothing of it is left running afterwards."""
+
+    def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
+        """`config` is the service's; its log is `directory / "serve.log"`."""
+        self.url = f"http://127.0.0.1:{config['port']}"
+        self.starts = 0
+        self._mark = uuid.uuid4().hex
+        self._file, self._log = directory / "config.json", directory / "serve.log"
+        self._file.write_text(json.dumps(config, default=str))  # JSON is YAML
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._supervisor = threading.Thread(target=self._supervise)
+
+    def __enter__(self) -> SupervisedService:
+        self._supervisor.start()
+        try:
+            self.wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self.signal(signal.SIGKILL)
+        self._supervisor.join()
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait_until_up(self, timeout_seconds: float = 300) -> None:
+        give_up_at = time.monotonic() + timeout_seconds
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", trust_env=False).is_success:
+                    return
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(self._log.read_text()[-2000:])
+            time.sleep(0.1)
+
+    def processes(self) -> dict[int, str]:
+        """All that live, Ray's too: their command lines."""
+        found = {}
+        mark = f"{_MARK}={self._mark}".encode()
+        for path in Path("/proc").iterdir():
+            with suppress(OSError):
+                if not path.name.isdigit() or mark not in (path / "environ").read_bytes() or _state(path) == "Z":
+                    continue
+                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def kill(self, name: str) -> bool:
+        """SIGKILL to one process of this name (see `PROCESSES`); whether there was one."""
+        for pid, command in self.processes().items():
+            if PROCESSES[name] in command:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        """To `rushes serve` itself."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    def stop(self) -> int:
+        """As a terminal does; the exit status. It is not started again."""
+        self._stopping.set()
+        self.signal(signal.SIGTERM)
+        self._supervisor.join()
+        assert self._process is not None
+        return self._process.wait()
+
+    def _supervise(self) -> None:
+        command = [sys.executable, "-c", "from serving.cli import main; main()", "serve", "--config", str(self._file)]
+        environment = {**os.environ, _MARK: self._mark}
+        while not self._stopping.is_set():
+            self.starts += 1
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+            self._process.wait()
+            self._stopping.wait(1.0)
+
+
+def _state(path: Path) -> str:
+    return (path / "stat").read_text().rpartition(")")[2].split()[0]
