@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from models.bundle import Bundle
 from serving.cli import app
 from serving.media.frames import read_frames
-from serving.pipeline.captioning import EngineCaptioner, EngineEncoder, in_common
+from serving.pipeline.captioning import EngineCaptioner, in_common
+from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.generation import generate
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import InvalidRequest, make_spec
