@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from serving.jobs.keys import KeyStore
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class _Commands(TyperGroup):
@@ -50,6 +51,10 @@ Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Seconds = Annotated[int | None, typer.Option(help="Length in whole seconds; the model's default when left out.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's default when left out.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file; see serving/config.py for its keys.")]
+Url = Annotated[str, typer.Option(help="The service's root.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="RUSHES_API_KEY", show_envvar=True, help="Where the service wants one.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same video; random when left out.")]
 
 
@@ -68,14 +73,15 @@ def main() -> None:
 def _said_in_one_line() -> Iterator[None]:
     """Turn what a user can run into a line on stderr and an exit code; anything else is a bug and stays a traceback."""
     from models.bundle import BundleError
+    from serving.client.errors import ApiError, RushesError
     from serving.engines.engine import EngineError
     from serving.pipeline.request import InvalidRequest
 
     try:
         yield
-    except (InvalidRequest, BundleError, ConfigError) as error:
+    except (InvalidRequest, BundleError, ConfigError, ApiError) as error:
         _fail(str(error), BAD_INPUT)
-    except (EngineError, OSError) as error:
+    except (EngineError, OSError, RushesError) as error:
         _fail(str(error), FAILED)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
@@ -324,7 +330,7 @@ def demo(
 def submit(
     requests: Annotated[Path, typer.Argument(help="A JSON object a line, as OpenAI's batches have them.", exists=True)],
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and save the answers.")] = False,
-    url: Annotated[str, typer.Option(help="The service's root.")] = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     api_key: Annotated[
         str, typer.Option(envvar="RUSHES_API_KEY", show_envvar=True, help="Where the service wants one.")
     ] = "unused",
@@ -366,6 +372,53 @@ def submit(
     counts = batch["request_counts"]
     if counts["completed"] < counts["total"]:
         _fail(f"{counts['total'] - counts['completed']} of {counts['total']} were not made", FAILED)
+
+
+@app.command()
+def watch(
+    video_id: Annotated[str, typer.Argument(help="The video's id.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where its fragments go as they come; - is stdout.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show how a video comes on, and play or save it while it is made: `rushes watch ID -o - | ffplay -`."""
+    from serving import remote
+    from serving.client import AsyncRushes
+
+    with _said_in_one_line():
+        if output is not None and output != remote.STDOUT:
+            _output_file(output)
+        remote.watch(AsyncRushes(url, api_key), video_id, output, _console)
+
+
+@app.command("list")
+def list_videos(
+    limit: Annotated[int, typer.Option(min=1, help="How many, the latest first.")] = 20,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """List the videos of a running service."""
+    from serving import remote
+    from serving.client import Rushes
+
+    with _said_in_one_line(), Rushes(url, api_key, retry_seconds=0) as client:
+        Console(highlight=False, soft_wrap=True).print(remote.table(client, limit))
+
+
+@app.command()
+def cancel(
+    video_ids: Annotated[list[str], typer.Argument(help="The videos' ids.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Cancel videos of a running service; prints how each stands then."""
+    from serving.client import Rushes
+
+    with _said_in_one_line(), Rushes(url, api_key, retry_seconds=0) as client:
+        for video_id in video_ids:
+            print(video_id, client.cancel(video_id)["status"])
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy import create_engine, text
 
 from models.bundle import Bundle
@@ -43,6 +44,21 @@ def assert_envelope(response: httpx.Response, status: int, param: str | None) ->
     assert body["error"]["param"] == param
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"]
+
+
+@asynccontextmanager
+async def served(api: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """`api` on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            await serving
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -130,7 +146,7 @@ class WholeService:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[httpx.AsyncClient]:
-        """A runner, and the API on a real socket: httpx's own ASGI transport would hold a stream back until its end."""
+        """A runner, and the API on a real socket."""
         runner = self.runner = self.new_runner()
 
         async def wake(video_id: str | None = None) -> None:
@@ -138,23 +154,17 @@ class WholeService:
 
         bundles, aliases = {"tiny": self.bundle}, {"sora-2": "tiny"}
         api = create_api(self.storage, bundles, wake, aliases=aliases, webhooks=self.webhooks)
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
-            serving = asyncio.create_task(server.serve(sockets=[listening]))
-            batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
-            loops = [runner.run(), batches.run(poll_seconds=0.05)]
-            if self.webhook_secret is not None:
-                courier = Courier(
-                    self.storage.outbox, self.webhook_secret, allow_private=True, timeout_seconds=5, give_up_seconds=60
-                )
-                loops.append(courier.run(0.05))
+        batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
+        loops = [runner.run(), batches.run(poll_seconds=0.05)]
+        if self.webhook_secret is not None:
+            courier = Courier(
+                self.storage.outbox, self.webhook_secret, allow_private=True, timeout_seconds=5, give_up_seconds=60
+            )
+            loops.append(courier.run(0.05))
+        async with served(api) as client:
             working = asyncio.gather(*loops)
             try:
-                url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-                async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-                    yield client
+                yield client
             finally:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
-                server.should_exit = True
-                await serving

@@ -15,11 +15,16 @@ from serving.api.body import BodyLimit
 from serving.api.characters import characters_router
 from serving.api.creation import NO_WEBHOOKS, WebhookPolicy
 from serving.api.errors import ERRORS, install_error_handlers
+from serving.api.events import events_router
 from serving.api.files import PATH as FILES_PATH
 from serving.api.files import files_router
+from serving.api.hls import hls_router
+from serving.api.load import AskStages, load_router, no_stages
 from serving.api.models import Catalog, models_router
+from serving.api.playground import playground_router
 from serving.api.queueing import TAKE_FILES, VideoQueue, Wake
 from serving.api.references import references_router
+from serving.api.streams import streams_router
 from serving.api.videos import videos_router
 from serving.config import RewriterConfig
 from serving.jobs.estimates import Estimates
@@ -38,11 +43,12 @@ def create_api(
     max_file_bytes: int = 200 << 20,
     rewriter: RewriterConfig | None = None,
     references: ReferencePolicy = DEFAULT_REFERENCES,
+    ask_stages: AskStages = no_stages,
 ) -> FastAPI:
-    """Everything under `/v1`, and `/health`.
+    """Everything under `/v1`, `/health`, and the page at `/`.
 
     `wake` tells the runners that there is a new video in the store, or one to stop; `aliases` are other names for
-    models; `require_keys` lets in only who has an API key.
+    models; `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
@@ -51,16 +57,23 @@ def create_api(
     catalog = Catalog(bundles, aliases or {}, rewriter or RewriterConfig())
     gate = [Depends(Gate(storage.keys if require_keys else None))]
     beginnings = Beginnings(storage, references)
-    queue = VideoQueue(storage, wake, beginnings, Estimates(storage.database, priced=catalog.priced))
+    estimates = Estimates(storage.database, priced=catalog.priced)
+    queue = VideoQueue(storage, wake, beginnings, estimates)
     for videos in (
         characters_router(storage, catalog, beginnings),
         references_router(catalog, webhooks, queue, beginnings),
         videos_router(storage, catalog, webhooks, queue, beginnings),
+        streams_router(storage, queue),
+        events_router(storage, queue, estimates),
+        hls_router(storage, catalog, queue),
     ):
         app.include_router(videos, dependencies=gate, responses=ERRORS)
     app.include_router(models_router(catalog), dependencies=gate, responses=ERRORS)
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
+
+    app.include_router(load_router(estimates, ask_stages), dependencies=gate, responses=ERRORS)
+    app.include_router(playground_router())
 
     @app.get("/health", tags=["health"])
     async def health() -> dict[str, str]:

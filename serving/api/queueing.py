@@ -7,14 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Protocol
 
 from fastapi import Header, Request, Response
-from fastapi.responses import StreamingResponse
 
 from serving.api.auth import may_see
 from serving.api.beginnings import Beginnings
 from serving.api.creation import idempotency
 from serving.api.errors import ApiError
 from serving.api.schemas import CreateVideoRequest, RemixVideoRequest, VideoObject, video_object
-from serving.api.streams import follow_video
+from serving.api.watching import Watch, stream_response
 from serving.jobs.estimates import Estimates
 from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
@@ -101,12 +100,7 @@ class VideoQueue:
         await self._wake()
         if not body.stream:
             return await self.shown(created, response)
-        # Closing this connection ends the watching, not the video.
-        return StreamingResponse(
-            follow_video(self._storage.videos, self._storage.artifacts.videos_dir, created.id),
-            media_type="video/mp4",
-            headers={"X-Video-Id": created.id, "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
+        return stream_response(Watch(self._storage, created))
 
 
 def not_found(video_id: str, param: str = "video_id") -> ApiError:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections import Counter, defaultdict
+from itertools import product
+from typing import Any, get_args
 
 from fastapi import FastAPI
+from ray import serve
 
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
+from serving.api.load import StageLoad
 from serving.config import ServiceConfig
+from serving.deployments.remote import StageName, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
@@ -38,7 +43,22 @@ class ApiDeployment:
             max_file_bytes=config.api.max_file_bytes,
             rewriter=config.text_encoder.rewriter,
             references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
+            ask_stages=self._stages,
         )
+
+    async def _stages(self) -> list[StageLoad]:
+        """As Ray Serve's controller counts their replicas, in whichever applications they are."""
+        status = await asyncio.to_thread(serve.status)
+        states: dict[str, Counter[str]] = defaultdict(Counter)
+        for application in status.applications.values():
+            for name, deployment in application.deployments.items():
+                states[name].update(deployment.replica_states)
+        loads = []
+        for model, stage in product(self._config.models, get_args(StageName)):
+            found = states[stage_name(model, stage)]
+            wanted = found.total() - found["STOPPING"]
+            loads.append(StageLoad(model=model, stage=stage, replicas=found["RUNNING"], target_replicas=wanted))
+        return loads
 
     async def _wake(self, video_id: str | None = None) -> None:
         """Tell the runners, without making the client wait for it: they look by themselves too, only later.

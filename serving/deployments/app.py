@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -17,7 +17,7 @@ from serving.config import ServiceConfig, StageConfig, parse_config
 from serving.deployments.api import ApiDeployment
 from serving.deployments.decoder import DecoderDeployment
 from serving.deployments.denoiser import DenoiserDeployment
-from serving.deployments.remote import StageHandles
+from serving.deployments.remote import StageHandles, StageName, stage_name
 from serving.deployments.runner import RunnerDeployment
 from serving.deployments.text_encoder import TextEncoderDeployment
 
@@ -31,8 +31,6 @@ _CONSTRUCTOR_TRIES = 2
 _SHUTDOWN_LOOK_SECONDS = 0.2
 # How soon Ray sees that a replica has died, and starts another; its default is 10 s.
 _HEALTH_LOOK_SECONDS = 2.0
-
-StageName = Literal["text-encoder", "denoiser", "decoder"]
 
 
 def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Application:
@@ -112,11 +110,6 @@ def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool
     beside = (denoiser, decoder) if together else ()
     text_encoder = stage(TextEncoderDeployment, "text-encoder", config.text_encoder, *beside)
     return StageHandles(text_encoder=text_encoder, denoiser=denoiser, decoder=decoder)
-
-
-def stage_name(model: str, stage: StageName) -> str:
-    """A stage's deployment."""
-    return f"{model}-{stage}"
 
 
 def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> Any:

@@ -18,8 +18,8 @@ from typing import Any
 
 from models.bundle import Bundle
 from serving.config import ConfigError, ServiceConfig
-from serving.deployments.app import StageName, build_api, build_model, build_runner, checked, stage_name
-from serving.deployments.remote import StageHandles
+from serving.deployments.app import build_api, build_model, build_runner, checked
+from serving.deployments.remote import StageHandles, StageName, stage_name
 
 API, RUNNER = "rushes", "rushes-runner"
 # What a change of models may change; anything else needs a new start.

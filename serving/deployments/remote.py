@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -37,6 +37,14 @@ _ask_another = retry(
     wait=wait_random_exponential(multiplier=0.3, max=5),
     reraise=True,
 )
+
+
+StageName = Literal["text-encoder", "denoiser", "decoder"]
+
+
+def stage_name(model: str, stage: StageName) -> str:
+    """A stage's deployment."""
+    return f"{model}-{stage}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,15 +42,27 @@ class _Look:
     queued: int
 
     def seconds_ahead(self, video: Video) -> float:
-        place = (video.priority, video.created_at, video.id)
-        index = bisect_left(self.places, place)
+        index = self._index(video)
         ahead = self.seconds_until[index]
-        if index == len(self.places) and self.queued > len(self.places):
-            # Behind what was looked at: how far is told by when it came, and the rest is taken to be like the first.
-            last = self.places[-1]
-            came = (video.created_at - last[1]) / max(1e-9, self.at - last[1]) if video.priority == last[0] else 1.0
-            ahead *= 1 + min(1.0, max(0.0, came)) * (self.queued - len(self.places)) / len(self.places)
+        if unseen := self._unseen_before(video, index):
+            ahead *= 1 + unseen / len(self.places)
         return ahead / self.at_once
+
+    def videos_ahead(self, video: Video) -> int:
+        index = self._index(video)
+        return index + round(self._unseen_before(video, index))
+
+    def _index(self, video: Video) -> int:
+        return bisect_left(self.places, (video.priority, video.created_at, video.id))
+
+    def _unseen_before(self, video: Video, index: int) -> float:
+        """How many come before it that were not looked at: told by when it came, and taken to be like the first."""
+        unseen = self.queued - len(self.places)
+        if index < len(self.places) or unseen <= 0:
+            return 0.0
+        last = self.places[-1]
+        came = (video.created_at - last[1]) / max(1e-9, self.at - last[1]) if video.priority == last[0] else 1.0
+        return min(1.0, max(0.0, came)) * unseen
 
 
 class Estimates:
@@ -78,6 +90,18 @@ class Estimates:
         if running:
             return max(0.0, pace * video.work - (self._clock() - (video.started_at or self._clock())))
         return pace * video.work + look.seconds_ahead(video)
+
+    async def unfinished(self) -> tuple[int, int]:
+        """How many videos are queued, and how many in progress."""
+        return await asyncio.to_thread(self._unfinished)
+
+    async def videos_ahead(self, video: Video) -> int:
+        """How many queued videos come before this queued one; told exactly for the first ones."""
+        return (await self._recent()).videos_ahead(video)
+
+    def _unfinished(self) -> tuple[int, int]:
+        with self._database.read() as connection:
+            return _count(connection, VideoStatus.QUEUED), _count(connection, VideoStatus.IN_PROGRESS)
 
     async def _recent(self) -> _Look:
         async with self._looking:

@@ -34,7 +34,12 @@ def sprite_sheet(video: Path) -> bytes:
     for index, tile in enumerate(tiles):
         top, left = index // columns * height, index % columns * width
         sheet[top : top + height, left : left + width] = tile
-    return _encode(sheet, "mjpeg", "yuvj420p", {"qmin": "3", "qmax": "3"})
+    return jpeg(sheet)
+
+
+def jpeg(picture: NDArray[np.uint8]) -> bytes:
+    """Of RGB uint8 `[height, width, 3]`, with even sides."""
+    return _encode(picture, "mjpeg", "yuvj420p", {"qmin": "3", "qmax": "3"})
 
 
 def _frames(video: Path, most: int, max_side: int) -> list[NDArray[np.uint8]]:
@@ -47,7 +52,7 @@ def _frames(video: Path, most: int, max_side: int) -> list[NDArray[np.uint8]]:
             raise ValueError(f"{video} has no frames")
         count = min(most, total)
         wanted = {int((index + 0.5) * total / count) for index in range(count)}
-        width, height = _fitted(stream.codec_context.width, stream.codec_context.height, max_side)
+        width, height = fitted(stream.codec_context.width, stream.codec_context.height, max_side)
         return [
             frame.reformat(width, height, "rgb24").to_ndarray()
             for index, frame in enumerate(opened.decode(stream))
@@ -55,8 +60,8 @@ def _frames(video: Path, most: int, max_side: int) -> list[NDArray[np.uint8]]:
         ]
 
 
-def _fitted(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Even sides, as 4:2:0 needs them."""
+def fitted(width: int, height: int, max_side: int) -> tuple[int, int]:
+    """`(width, height)` with the longer side at most `max_side`, and even sides, as 4:2:0 needs them."""
     scale = min(Fraction(1), Fraction(max_side, max(width, height)))
     return max(2, int(width * scale) // 2 * 2), max(2, int(height * scale) // 2 * 2)
 

@@ -237,3 +237,19 @@ def test_nothing_is_left_running(running: RunningService) -> None:
         assert video is not None
         assert video.status in (VideoStatus.COMPLETED, VideoStatus.FAILED)
         assert video.error_code in (None, "cancelled")
+
+
+def test_the_load_names_every_stage(client: httpx.Client) -> None:
+    load = client.get("/v1/load").json()
+    assert {(stage["model"], stage["stage"]) for stage in load["stages"]} == {
+        (model, stage) for model in ("tiny", "tiny-causal") for stage in ("text-encoder", "denoiser", "decoder")
+    }
+    assert all(stage["replicas"] == stage["target_replicas"] == 1 for stage in load["stages"])
+
+
+def test_a_late_viewer_sees_what_the_first_one_saw(client: httpx.Client) -> None:
+    with client.stream("POST", "/v1/videos", json=ASKED | {"stream": True}) as first:
+        video_id = first.headers["x-video-id"]
+        seen = first.read()
+    assert client.get(f"/v1/videos/{video_id}/stream").content == seen
+    assert client.get(f"/v1/videos/{video_id}/hls/media.m3u8").text.endswith("#EXT-X-ENDLIST\n")

@@ -12,8 +12,6 @@ import pytest
 from service import MAX_REFERENCE_BODY, Service, assert_envelope
 
 from models.bundle import Bundle
-from serving.api.streams import follow_video
-from serving.jobs.fragment_log import FragmentLog, LogFailed
 
 
 @pytest.fixture
@@ -311,24 +309,6 @@ async def test_a_failed_video_says_why(service: Service, client: httpx.AsyncClie
     assert video["status"] == "failed"
     assert video["error"] == {"code": "generation_failed", "message": "out of memory"}
     assert_envelope(await client.get(f"/v1/videos/{video_id}/content"), 400, "video_id")
-
-
-@pytest.mark.parametrize("failed_in", ["log", "store"])
-async def test_a_stream_of_a_video_that_fails_is_cut(service: Service, failed_in: str) -> None:
-    transport = httpx.ASGITransport(service.api)  # raises what the application raises while it answers
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        video_id = (await client.post("/v1/videos", json={"prompt": "a red ball"})).json()["id"]
-        claimed = await service.store.claim("runner", 60)
-        assert claimed is not None
-        if failed_in == "log":
-            writer = await FragmentLog.create(service.videos_dir, video_id, fence=claimed.fence)
-            await writer.fail("generation_failed", "out of memory")
-        else:
-            await service.store.fail(video_id, claimed.fence, "generation_failed", "out of memory")
-
-        with pytest.raises(LogFailed, match="out of memory"):
-            async for _ in follow_video(service.store, service.videos_dir, video_id):
-                pass
 
 
 @pytest.mark.parametrize("video_id", ["video_0", "video_" + "0" * 32, "..%2F..%2Fetc%2Fpasswd", "x" * 5000])

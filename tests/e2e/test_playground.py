@@ -1,0 +1,189 @@
+"""The page in a real browser: what it plays while a video is made, and how each of its views looks.
+
+Set RUSHES_SCREENSHOTS to a directory to keep the pictures that are taken on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from making import FPS, Making, queued
+from service import Service, served
+
+from models.bundle import Bundle
+
+playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: install the `chromium` package")
+
+SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
+_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+# Blue of the frame that is shown after a seek to `seconds`, in the middle of the picture.
+_BLUE_AT = """async ([seconds]) => {
+    const video = document.getElementById("player");
+    await new Promise((done) => { video.onseeked = done; video.pause(); video.currentTime = seconds; });
+    const canvas = document.createElement("canvas");
+    canvas.width = video.videoWidth;
+    canvas.height = video.videoHeight;
+    const context = canvas.getContext("2d");
+    context.drawImage(video, 0, 0);
+    const pixels = context.getImageData(8, 8, 48, 48).data;
+    let sum = 0;
+    for (let at = 2; at < pixels.length; at += 4) sum += pixels[at];
+    return sum / (pixels.length / 4);
+}"""
+
+
+@pytest.fixture
+def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
+    return Service(tiny_bundle, tmp_path)
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    async with served(service.api) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Any]:
+    async with playwright.async_playwright() as started:
+        opened = await started.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
+        yield opened
+        await opened.close()
+
+
+class Page:
+    """One tab, and everything that went wrong in it."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+
+    async def until(self, condition: str) -> None:
+        """Bounded by the test's own time limit. Asked from outside: the page's policy allows no `eval` in it."""
+        while not await self.page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 - nothing here can set an event
+            await asyncio.sleep(0.02)
+
+    async def blue_at_frame(self, frame: int) -> float:
+        blue: float = await self.page.evaluate(_BLUE_AT, [(frame + 0.5) / FPS])
+        return blue
+
+
+async def opened(browser: Any, client: httpx.AsyncClient, place: str = "", size: str = "desktop") -> Page:
+    page = Page(await browser.new_page(viewport=SIZES[size]))
+    await page.page.goto(f"{client.base_url}/{place}")
+    return page
+
+
+async def picture(page: Page, folder: Path, name: str) -> None:
+    kept = Path(os.environ.get("RUSHES_SCREENSHOTS", folder))
+    shot = await page.page.screenshot(path=kept / f"{name}.png", full_page=True)
+    assert len(shot) > 2000
+
+
+BUFFERED = "document.getElementById('player').buffered.length && document.getElementById('player').buffered.end(0)"
+
+
+async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_returning_viewer(
+    service: Service, client: httpx.AsyncClient, browser: Any, tmp_path: Path
+) -> None:
+    making = await Making.begun(service, await queued(client))
+    first = await opened(browser, client, f"#{making.id}")
+    await making.show(0, 1)
+    # Two chunks of four are there, and it plays.
+    await first.until("document.getElementById('player').currentTime > 0.5")
+    for frame in (0, 8, 9, 20):
+        assert abs(await first.blue_at_frame(frame) - 5 * frame) < 8
+    for size in SIZES:
+        await first.page.set_viewport_size(SIZES[size])
+        await picture(first, tmp_path, f"watching-{size}")
+
+    late = await opened(browser, client, f"#{making.id}")
+    await late.until(f"{BUFFERED} > 1.3")
+    assert abs(await late.blue_at_frame(20) - 100) < 8
+    await first.page.reload()
+    await making.show(2)
+    for viewer in (first, late):
+        await viewer.until(f"{BUFFERED} > 2.0")
+        assert abs(await viewer.blue_at_frame(32) - 160) < 8
+        assert await viewer.page.locator("#lane-decode img").count() == 3
+
+    await making.show(3)
+    await making.complete()
+    await late.until("document.getElementById('state').textContent === 'Finished'")
+    await late.until(f"{BUFFERED} > 2.8")
+    assert abs(await late.blue_at_frame(44) - 220) < 8
+    assert await late.page.evaluate("document.getElementById('player').duration") == pytest.approx(45 / FPS, abs=0.01)
+    assert late.errors == []
+
+
+async def test_asking_from_the_keyboard_alone(service: Service, client: httpx.AsyncClient, browser: Any) -> None:
+    page = await opened(browser, client)
+    await page.until("document.getElementById('model').options.length > 0")
+    await page.page.locator("#prompt").focus()
+    await page.page.keyboard.type("a red ball")
+    await page.page.locator("#seconds").focus()
+    await page.page.keyboard.type("1")
+    await page.page.keyboard.press("Enter")
+    await page.until("location.hash.startsWith('#video_')")
+    await page.until("document.getElementById('state').textContent === 'In the queue'")
+    assert service.created() == 1
+    await page.page.locator("#cancel").press("Enter")
+    await page.until("document.getElementById('state').textContent.startsWith('Failed')")
+
+
+async def test_what_is_refused_is_said(service: Service, client: httpx.AsyncClient, browser: Any) -> None:
+    page = await opened(browser, client)
+    await page.page.locator("#prompt").fill("a red ball")
+    await page.page.locator("#size").fill("9999x9999")
+    await page.page.get_by_role("button", name="Make it").click()
+    await page.until("document.getElementById('refused').textContent.includes('size')")
+    assert service.created() == 0
+
+
+async def test_a_failed_video_says_why(service: Service, client: httpx.AsyncClient, browser: Any) -> None:
+    making = await Making.begun(service, await queued(client))
+    await making.show(0)
+    await making.fail()
+    page = await opened(browser, client, f"#{making.id}")
+    await page.until("document.getElementById('state').textContent === 'Failed: out of memory'")
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+async def test_every_view_fits(
+    service: Service, client: httpx.AsyncClient, browser: Any, tmp_path: Path, size: str
+) -> None:
+    await queued(client)
+    page = await opened(browser, client, size=size)
+    for view in ("make", "gallery", "load"):
+        await page.page.goto(f"{client.base_url}/#{view}")
+        await page.until(f"!document.getElementById('view-{view}').hidden")
+        if view == "gallery":
+            await page.until("document.querySelectorAll('#videos li').length === 1")
+        if view == "load":
+            await page.until("document.getElementById('jobs').textContent === '1 queued, 0 being made'")
+        # Nothing sticks out to the side.
+        assert await page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        await picture(page, tmp_path, f"{view}-{size}")
+    assert page.errors == []
+
+
+async def test_the_page_may_load_nothing_but_its_own(client: httpx.AsyncClient) -> None:
+    page = await client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for name in ("main.js", "style.css", "icon.svg"):
+        assert (await client.get(f"/static/{name}")).status_code == 200
+    for name in ("..%2fapp.py", "nothing.js"):
+        assert (await client.get(f"/static/{name}")).status_code == 404

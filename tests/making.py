@@ -1,0 +1,64 @@
+"""A video that is made by a test: its chunks come when the test says so."""
+
+from __future__ import annotations
+
+import httpx
+import numpy as np
+from service import Service
+
+from serving.jobs.fragment_log import FragmentLog, LogWriter
+from serving.jobs.store import Video
+from serving.media.fmp4 import EncodedFragment, encode_fragment
+
+FPS = 16
+CHUNKS = ((0, 9), (9, 21), (21, 33), (33, 45))
+
+
+def made_fragments() -> list[EncodedFragment]:
+    y, x = np.mgrid[0:64, 0:64].astype(np.float32)
+    clip = np.stack([np.stack([4 * x, 4 * y, np.full_like(x, 5 * n)], -1) for n in range(45)]).astype(np.uint8)
+    return [
+        encode_fragment(clip[start:stop], fps=FPS, index=index, first_frame=start)
+        for index, (start, stop) in enumerate(CHUNKS)
+    ]
+
+
+FRAGMENTS = made_fragments()
+WHOLE = FRAGMENTS[0].init + b"".join(fragment.data for fragment in FRAGMENTS)
+
+
+class Making:
+    """A video whose chunks come when the test says so."""
+
+    def __init__(self, service: Service, video: Video, writer: LogWriter) -> None:
+        self.service, self.video, self.writer = service, video, writer
+        self.id = video.id
+
+    @classmethod
+    async def begun(cls, service: Service, video_id: str) -> Making:
+        """Of the oldest queued video, which must be this one."""
+        video = await service.claimed()
+        assert video.id == video_id
+        return cls(service, video, await FragmentLog.create(service.videos_dir, video_id, fence=video.fence))
+
+    async def show(self, *indexes: int) -> None:
+        for index in indexes:
+            start, stop = CHUNKS[index]
+            fragment = FRAGMENTS[index]
+            await self.writer.append(index, start, stop - start, fragment.init, fragment.data)
+
+    async def complete(self) -> None:
+        await self.writer.close()
+        await self.service.store.complete(self.id, self.video.fence)
+
+    async def fail(self, *, in_log: bool = True) -> None:
+        if in_log:
+            await self.writer.fail("generation_failed", "out of memory")
+        await self.service.store.fail(self.id, self.video.fence, "generation_failed", "out of memory")
+
+
+async def queued(client: httpx.AsyncClient) -> str:
+    answer = await client.post("/v1/videos", json={"prompt": "a red ball", "seconds": 3, "size": "64x64"})
+    assert answer.status_code == 200, answer.text
+    video_id: str = answer.json()["id"]
+    return video_id
