@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 MAX_LINES = 50_000
 _MAX_LINE_BYTES = 1 << 18
 _MAX_ERRORS = 100
-_AT_A_TIME = 200
+_AT_A_TIME = 500
 _RESULT_LIFETIME_SECONDS = 30 * 86400.0
 
 
@@ -112,6 +112,8 @@ class BatchWorker:
         total = 0
         for line, text in self._lines(file):
             total += 1
+            if total % _AT_A_TIME == 0:
+                self._batches.keep(batch.id)
             if total > MAX_LINES:
                 return [_error(LineError("too_many_lines", f"At most {MAX_LINES} lines are allowed."), line)], total
             try:
@@ -133,6 +135,7 @@ class BatchWorker:
             pending.append(self._video(batch, line, text))
             if len(pending) == _AT_A_TIME:
                 self._batches.add_videos(pending)
+                self._batches.keep(batch.id)
                 pending = []
         self._batches.add_videos(pending)
 
@@ -216,6 +219,7 @@ class BatchWorker:
                     counts[0 if done else 1] += 1
                     (output if done else errors).write(json.dumps(_result(batch, video)) + "\n")
                 line = videos[-1].batch_line or 0
+                await asyncio.to_thread(self._batches.keep, batch.id)
         return counts[0], counts[1]
 
 

@@ -106,6 +106,10 @@ class BatchStore:
         """An unfinished batch that it is time to look at, for the next two minutes or until `put_back`."""
         return await asyncio.to_thread(self._claim)
 
+    def keep(self, batch_id: str) -> None:
+        """Have it for another two minutes: a large file takes longer."""
+        self._put_back(batch_id, _LEASE_SECONDS)
+
     async def put_back(self, batch_id: str, after_seconds: float) -> None:
         """Look at it again then."""
         await asyncio.to_thread(self._put_back, batch_id, after_seconds)
@@ -115,13 +119,10 @@ class BatchStore:
         with self._database.write() as connection:
             key = locked_key(connection, videos[0].owner if videos else None)
             limit = None if key is None else key.max_running
-            for video in videos:
-                made = replace(
-                    video,
-                    created_at=video.created_at or self.clock(),
-                    priority=video.priority + (0 if limit is None else HELD),
-                )
-                self._database.insert_new(connection, _videos, asdict(made))
+            held = 0 if limit is None else HELD
+            changes = [{"created_at": v.created_at or self.clock(), "priority": v.priority + held} for v in videos]
+            rows = [SqlVideoStore.to_row(video) | change for video, change in zip(videos, changes, strict=True)]
+            self._database.insert_all_new(connection, _videos, rows)
             if key is not None and limit is not None:
                 balance(connection, key.id, limit)
 

@@ -146,6 +146,11 @@ class SqlVideoStore:
         await asyncio.to_thread(self._remove, video_id)
 
     @staticmethod
+    def to_row(video: Video) -> dict[str, Any]:
+        """As a row of the table `videos`. Not `asdict`, whose copies of everything take as long as the insertion."""
+        return {field.name: getattr(video, field.name) for field in fields(Video)}
+
+    @staticmethod
     def from_row(row: RowMapping) -> Video:
         """A row of the table `videos`."""
         values = {field.name: row[field.name] for field in fields(Video)}
@@ -163,7 +168,7 @@ class SqlVideoStore:
                 check_limits(connection, key, self._clock())
             limit = None if key is None else key.max_running
             held = {} if limit is None else {"priority": created.priority + HELD}
-            connection.execute(insert(_videos), asdict(created) | held)
+            connection.execute(insert(_videos), self.to_row(created) | held)
             if limit is not None:
                 balance(connection, str(created.owner), limit)
         return created
