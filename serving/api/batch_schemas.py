@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from serving.api.errors import ApiError
 from serving.api.schemas import named_error, whole_seconds
 from serving.jobs.batches import Batch
-from serving.jobs.files import StoredFile
+from serving.jobs.files import LONGEST_LIFETIME_SECONDS, StoredFile
 
 
 class FileObject(BaseModel):
@@ -49,6 +49,15 @@ def file_object(file: StoredFile) -> FileObject:
     )
 
 
+class ExpiresAfter(BaseModel):
+    """How long a file is kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=LONGEST_LIFETIME_SECONDS)
+
+
 class CreateBatchRequest(BaseModel):
     """The body of `POST /v1/batches`."""
 
@@ -63,7 +72,9 @@ class CreateBatchRequest(BaseModel):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
         default=None, max_length=16, description="Anything of yours, kept with the batch."
     )
-
+    output_expires_after: ExpiresAfter | None = Field(
+        default=None, description="How long the files of answers are kept; 30 days when it is left out."
+    )
     webhook_url: str | None = Field(
         default=None, description="What to call when the batch has ended, with a signed event."
     )

@@ -49,6 +49,7 @@ def batches_router(storage: Storage, webhooks: WebhookPolicy) -> APIRouter:
             created_at=now,
             expires_at=now + window_seconds,
             custom=body.metadata,
+            output_lifetime_seconds=body.output_expires_after.seconds if body.output_expires_after else None,
             webhook_url=webhooks.checked(body.webhook_url),
         )
         return batch_object(await batches.create(batch))

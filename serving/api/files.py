@@ -16,12 +16,10 @@ from serving.api.batch_schemas import DeletedFile, FileList, FileObject, file_ob
 from serving.api.content import file_response
 from serving.api.document import id_pattern
 from serving.api.errors import ApiError
-from serving.jobs.files import StoredFile, is_file_id
+from serving.jobs.files import LONGEST_LIFETIME_SECONDS, StoredFile, is_file_id
 from serving.jobs.storage import Storage
 
 PATH = "/v1/files"
-_DAY_SECONDS = 86400
-_LIFETIME_SECONDS = 30 * _DAY_SECONDS
 # `vision` and `user_data` are what OpenAI's clients upload pictures as.
 _PURPOSES = ("batch", "vision", "user_data")
 _FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
@@ -37,7 +35,11 @@ _UPLOAD_DOCUMENT = {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": list(_PURPOSES)},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": _LIFETIME_SECONDS},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": 3600,
+                            "maximum": LONGEST_LIFETIME_SECONDS,
+                        },
                     },
                     "dependentRequired": {
                         "expires_after[anchor]": ["expires_after[seconds]"],
@@ -153,13 +155,13 @@ def _checked(form: FormData) -> tuple[UploadFile, str, float]:
 
 def _lifetime(anchor: object, seconds: object) -> float:
     if anchor is None and seconds is None:
-        return _LIFETIME_SECONDS
+        return LONGEST_LIFETIME_SECONDS
     if anchor != "created_at":
         message = "expires_after.anchor must be 'created_at'."
         raise ApiError(400, message, param="expires_after.anchor", code="invalid_value")
     if not isinstance(seconds, str) or not re.fullmatch("[0-9]{4,7}", seconds):
         seconds = "0"
-    if not 3600 <= int(seconds) <= _LIFETIME_SECONDS:
-        message = f"expires_after.seconds must be between 3600 and {_LIFETIME_SECONDS}."
+    if not 3600 <= int(seconds) <= LONGEST_LIFETIME_SECONDS:
+        message = f"expires_after.seconds must be between 3600 and {LONGEST_LIFETIME_SECONDS}."
         raise ApiError(400, message, param="expires_after.seconds", code="invalid_value")
     return float(seconds)

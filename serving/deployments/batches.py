@@ -14,7 +14,7 @@ from serving.api.errors import ApiError
 from serving.api.models import Catalog
 from serving.api.schemas import parse_create, video_object
 from serving.jobs.batches import Batch, BatchStatus
-from serving.jobs.files import StoredFile
+from serving.jobs.files import LONGEST_LIFETIME_SECONDS, StoredFile
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video, VideoNotFound, VideoStatus
 from serving.jobs.video import BATCH
@@ -25,7 +25,6 @@ MAX_LINES = 50_000
 _MAX_LINE_BYTES = 1 << 18
 _MAX_ERRORS = 100
 _AT_A_TIME = 500
-_RESULT_LIFETIME_SECONDS = 30 * 86400.0
 
 
 class LineError(ValueError):
@@ -195,7 +194,7 @@ class BatchWorker:
                         owner=batch.owner,
                         purpose="batch_output",
                         filename=name,
-                        lifetime_seconds=_RESULT_LIFETIME_SECONDS,
+                        lifetime_seconds=batch.output_lifetime_seconds or LONGEST_LIFETIME_SECONDS,
                     )
                     files[key] = file.id
                     made.append(file)

@@ -43,7 +43,10 @@ _ENDED = (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchS
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Times are seconds since the epoch; `total` is how many lines its file has, once they are checked."""
+    """Times are seconds since the epoch; `total` is how many lines its file has, once they are checked.
+
+    Its files of answers are kept for `output_lifetime_seconds`, or for as long as any file.
+    """
 
     id: str
     owner: str | None
@@ -68,6 +71,7 @@ class Batch:
     completed: int = 0
     failed: int = 0
     look_at: float = 0.0
+    output_lifetime_seconds: float | None = None
     webhook_url: str | None = None
 
 

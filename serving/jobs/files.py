@@ -20,6 +20,7 @@ from serving.jobs.pages import Order, page_of
 from serving.jobs.tables import files as _files
 
 FILE, CHARACTER = "file-", "char_"
+LONGEST_LIFETIME_SECONDS = 30 * 86400
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,7 @@ batches = Table(
     Column("completed", Integer, nullable=False),
     Column("failed", Integer, nullable=False),
     Column("webhook_url", String(2048)),
+    Column("output_lifetime_seconds", Float),
     # When somebody should look at it next; in the future while somebody does.
     Column("look_at", Float, nullable=False),
     Index("batches_owned", "owner", "id"),

@@ -122,6 +122,8 @@ async def test_names_are_only_names(service: Service, client: httpx.AsyncClient)
         ({"metadata": {"a": "b" * 513}}, 400, "metadata"),
         ({"metadata": {str(n): "b" for n in range(17)}}, 400, "metadata"),
         ({"priority": 5}, 400, "priority"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, 400, "output_expires_after"),
+        ({"output_expires_after": {"seconds": 7200}}, 400, "output_expires_after"),
     ],
     ids=str,
 )
@@ -185,7 +187,10 @@ async def test_files_that_are_no_batch(service: Service, client: httpx.AsyncClie
 
 
 async def test_a_batch_from_file_to_files(service: Service, client: httpx.AsyncClient) -> None:
-    batch = await started(client, [line("a"), line("b"), line("c")], metadata={"team": "dailies"})
+    kept = {"anchor": "created_at", "seconds": 7200}
+    batch = await started(
+        client, [line("a"), line("b"), line("c")], metadata={"team": "dailies"}, output_expires_after=kept
+    )
     await service.batch_worker.work()
     running = await now(client, batch)
     assert (running["status"], running["metadata"]) == ("in_progress", {"team": "dailies"})
@@ -215,7 +220,9 @@ async def test_a_batch_from_file_to_files(service: Service, client: httpx.AsyncC
     (bad,) = await results(client, done["error_file_id"])
     assert (bad["custom_id"], bad["response"]) == ("b", None)
     assert bad["error"] == {"code": "generation_failed", "message": "out of memory"}
-    assert (await client.get("/v1/files", params={"purpose": "batch_output"})).json()["data"][0]["bytes"] > 0
+    for file in (await client.get("/v1/files", params={"purpose": "batch_output"})).json()["data"]:
+        assert file["bytes"] > 0
+        assert file["expires_at"] == file["created_at"] + 7200
     assert_envelope(await client.post(f"/v1/batches/{batch['id']}/cancel"), 409, "batch_id")
 
 
