@@ -1,0 +1,102 @@
+"""A service that runs elsewhere: `rushes submit`, `watch`, `list` and `cancel`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serving.cli.terminal import DEFAULT_URL, FAILED, ApiKey, Url, console, fail, output_file, said_in_one_line
+
+
+def submit(
+    requests: Annotated[Path, typer.Argument(help="A JSON object a line, as OpenAI's batches have them.", exists=True)],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and save the answers.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Annotated[
+        str, typer.Option(envvar="RUSHES_API_KEY", show_envvar=True, help="Where the service wants one.")
+    ] = "unused",
+    window: Annotated[str, typer.Option(help="What isn't made within so many hours isn't made.")] = "24h",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where --wait saves the answers.", show_default="NAME.out.jsonl"),
+    ] = None,
+) -> None:
+    """Send a file of requests to a running service, to be made when it has time; prints the batch's id.
+
+    With --wait, prints where the answers are instead. Requests that failed are in a file beside them, and make the exit
+    code 1.
+    """
+    import httpx
+
+    from serving import submission
+
+    answers = output or requests.with_suffix(".out.jsonl")
+    with said_in_one_line():
+        if wait:
+            output_file(answers)
+        try:
+            with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {api_key}"}) as client:
+                batch = submission.submit(client, requests, window)
+                if not wait:
+                    print(batch["id"])
+                    return
+                batch = submission.wait(client, batch, console)
+                for file_id, path in (
+                    (batch["output_file_id"], answers),
+                    (batch["error_file_id"], answers.with_suffix(".errors.jsonl")),
+                ):
+                    if file_id:
+                        submission.download(client, file_id, path)
+                        print(path)
+        except httpx.TransportError as error:
+            raise OSError(f"{url} can't be reached: {error}") from None
+    counts = batch["request_counts"]
+    if counts["completed"] < counts["total"]:
+        fail(f"{counts['total'] - counts['completed']} of {counts['total']} were not made", FAILED)
+
+
+def watch(
+    video_id: Annotated[str, typer.Argument(help="The video's id.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where its fragments go as they come; - is stdout.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show how a video comes on, and play or save it while it is made: `rushes watch ID -o - | ffplay -`."""
+    from serving import remote
+    from serving.client import AsyncRushes
+
+    with said_in_one_line():
+        if output is not None and output != remote.STDOUT:
+            output_file(output)
+        remote.watch(AsyncRushes(url, api_key), video_id, output, console)
+
+
+def list_videos(
+    limit: Annotated[int, typer.Option(min=1, help="How many, the latest first.")] = 20,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """List the videos of a running service."""
+    from serving import remote
+    from serving.client import Rushes
+
+    with said_in_one_line(), Rushes(url, api_key, retry_seconds=0) as client:
+        Console(highlight=False, soft_wrap=True).print(remote.table(client, limit))
+
+
+def cancel(
+    video_ids: Annotated[list[str], typer.Argument(help="The videos' ids.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Cancel videos of a running service; prints how each stands then."""
+    from serving.client import Rushes
+
+    with said_in_one_line(), Rushes(url, api_key, retry_seconds=0) as client:
+        for video_id in video_ids:
+            print(video_id, client.cancel(video_id)["status"])
