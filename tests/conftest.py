@@ -1,99 +1,74 @@
-"""Fixtures for everyone: a tiny real checkpoint, and the bundle that `rushes export` makes of it."""
+"""Fixtures for everyone: tiny real checkpoints, and the bundles that `rushes export` makes of them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from exports import Exports, build
 from postgres import Cluster, programs, running_cluster
 from receiver import Receiver, receiving
 
-from models.bundle import MANIFEST, Bundle
+from models.bundle import Bundle
 
-ROOT = Path(__file__).resolve().parent.parent
+_EXPORTS: pytest.StashKey[Exports] = pytest.StashKey()
+
+
+def _checkpoint(factory: pytest.TempPathFactory, name: str) -> Path:
+    path = factory.mktemp("checkpoint") / name
+    build(name, path)
+    return path
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import build_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    build_tiny_checkpoint(path)
-    return path
+    return _checkpoint(tmp_path_factory, "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(request: pytest.FixtureRequest) -> Bundle:
-    return _exported(request, "tiny_checkpoint")
+    return request.config.stash[_EXPORTS].bundle("tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_causal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import build_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny-causal"
-    build_tiny_checkpoint(path, causal=True)
-    return path
+    return _checkpoint(tmp_path_factory, "tiny_causal")
 
 
 @pytest.fixture(scope="session")
 def tiny_causal_bundle(request: pytest.FixtureRequest) -> Bundle:
-    return _exported(request, "tiny_causal_checkpoint")
+    return request.config.stash[_EXPORTS].bundle("tiny_causal")
 
 
 @pytest.fixture(scope="session")
 def tiny_experts_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import build_tiny_checkpoint
-
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny-experts"
-    build_tiny_checkpoint(path, experts=True)
-    return path
+    return _checkpoint(tmp_path_factory, "tiny_experts")
 
 
 @pytest.fixture(scope="session")
 def tiny_experts_bundle(request: pytest.FixtureRequest) -> Bundle:
-    return _exported(request, "tiny_experts_checkpoint")
+    return request.config.stash[_EXPORTS].bundle("tiny_experts")
 
 
 @pytest.fixture(scope="session")
 def tiny_ltx_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import build_tiny_ltx
-
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny-ltx"
-    build_tiny_ltx(path)
-    return path
+    return _checkpoint(tmp_path_factory, "tiny_ltx")
 
 
 @pytest.fixture(scope="session")
 def tiny_ltx_bundle(request: pytest.FixtureRequest) -> Bundle:
-    return _exported(request, "tiny_ltx_checkpoint")
+    return request.config.stash[_EXPORTS].bundle("tiny_ltx")
 
 
 @pytest.fixture(scope="session")
 def tiny_cogvideox_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import build_tiny_cogvideox
-
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny-cogvideox"
-    build_tiny_cogvideox(path, newer=True)
-    return path
+    return _checkpoint(tmp_path_factory, "tiny_cogvideox")
 
 
 @pytest.fixture(scope="session")
 def tiny_cogvideox_bundle(request: pytest.FixtureRequest) -> Bundle:
-    return _exported(request, "tiny_cogvideox_checkpoint")
-
-
-def _exported(request: pytest.FixtureRequest, checkpoint: str) -> Bundle:
-    """Exported once for each state of the exporter: pytest's cache keeps it, since tracing takes most of a minute."""
-    path = request.config.cache.mkdir(f"{checkpoint}-bundle") / _state_of_the_exporter()  # type: ignore[union-attr]
-    if not (path / MANIFEST).exists():
-        from export.checkpoint import export_checkpoint
-
-        export_checkpoint(request.getfixturevalue(checkpoint), path)
-    return Bundle.load(path)
+    return request.config.stash[_EXPORTS].bundle("tiny_cogvideox")
 
 
 @pytest.fixture(scope="session")
@@ -123,19 +98,25 @@ def receiver() -> Iterator[Receiver]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test that needs a bundle waits for its export, which takes minutes on a busy machine."""
     for item in items:
-        if any(name.startswith("tiny_") and name.endswith("bundle") for name in getattr(item, "fixturenames", ())):
+        if _wanted(item):
             item.add_marker(pytest.mark.timeout(900))
 
 
-def _state_of_the_exporter() -> str:
-    digest = hashlib.sha256()
-    sources = [path for folder in ("export", "models") for path in sorted((ROOT / folder).glob("*.py"))]
-    # What only works on finished bundles.
-    others = {"plans.py", "precision.py", "profiles.py", "tensorrt.py"}
-    sources = [path for path in sources if path.name not in others]
-    sources += [ROOT / "models" / "mini" / name for name in ("captioner.py", "rewriter.py", "words.py")]
-    for path in [*sources, ROOT / "tests" / "tiny.py"]:
-        digest.update(path.read_bytes())
-    for library in ("torch", "diffusers", "transformers", "onnx"):
-        digest.update(version(library).encode())
-    return digest.hexdigest()[:16]
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    cache = session.config.cache
+    assert cache is not None
+    exports = session.config.stash[_EXPORTS] = Exports(lambda name: cache.mkdir(f"{name}-bundle"))
+    exports.begin(dict.fromkeys(name for item in session.items for name in _wanted(item)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if exports := session.config.stash.get(_EXPORTS, None):
+        exports.end()
+
+
+def _wanted(item: pytest.Item) -> list[str]:
+    """The bundles that a test needs."""
+    names = getattr(item, "fixturenames", ())
+    return [name.removesuffix("_bundle") for name in names if name.startswith("tiny") and name.endswith("_bundle")]

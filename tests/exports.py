@@ -1,0 +1,99 @@
+"""The tiny bundles, each exported once for each state of the exporter, beside the tests that need none yet.
+
+Tracing a model's graphs takes a minute or two of one core. So the exports begin in processes of their own as soon as it
+is known which bundles will be wanted, in that order, and the first test that wants one waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from models.bundle import MANIFEST, Bundle
+
+ROOT = Path(__file__).resolve().parent.parent
+_AT_ONCE = 2
+
+
+def build(name: str, path: Path) -> None:
+    """Write the checkpoint `name`: the same weights every time."""
+    import tiny
+
+    builders: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "tiny": (tiny.build_tiny_checkpoint, {}),
+        "tiny_causal": (tiny.build_tiny_checkpoint, {"causal": True}),
+        "tiny_experts": (tiny.build_tiny_checkpoint, {"experts": True}),
+        "tiny_ltx": (tiny.build_tiny_ltx, {}),
+        "tiny_cogvideox": (tiny.build_tiny_cogvideox, {"newer": True}),
+    }
+    builder, options = builders[name]
+    builder(path, **options)
+
+
+def export(name: str, path: Path) -> None:
+    """Export the checkpoint `name` to `path`, in a process of its own."""
+    import torch
+
+    from export.checkpoint import export_checkpoint
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        build(name, Path(folder) / name)
+        export_checkpoint(Path(folder) / name, path)
+
+
+class Exports:
+    """Bundles in `folder`, kept from one run of the tests to the next."""
+
+    def __init__(self, folder: Callable[[str], Path]) -> None:
+        """`folder` gives the directory for a checkpoint's bundles."""
+        self._folder, self._state = folder, state_of_the_exporter()
+        self._pool: ProcessPoolExecutor | None = None
+        self._running: dict[str, Future[None]] = {}
+
+    def begin(self, names: Iterable[str]) -> None:
+        """Export what of these isn't there."""
+        for name in names:
+            if name not in self._running and not (self._path(name) / MANIFEST).exists():
+                if self._pool is None:
+                    spawn = multiprocessing.get_context("spawn")
+                    workers = min(_AT_ONCE, len(os.sched_getaffinity(0)))
+                    self._pool = ProcessPoolExecutor(workers, mp_context=spawn)
+                self._running[name] = self._pool.submit(export, name, self._path(name))
+
+    def bundle(self, name: str) -> Bundle:
+        self.begin([name])
+        if name in self._running:
+            self._running[name].result()
+        return Bundle.load(self._path(name))
+
+    def end(self) -> None:
+        if self._pool is not None:
+            for worker in list((self._pool._processes or {}).values()):
+                worker.terminate()
+            self._pool.shutdown(cancel_futures=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder(name) / self._state
+
+
+def state_of_the_exporter() -> str:
+    """A hash of everything that a bundle is made by."""
+    digest = hashlib.sha256()
+    sources = [path for folder in ("export", "models") for path in sorted((ROOT / folder).glob("*.py"))]
+    # What only works on finished bundles.
+    others = {"plans.py", "precision.py", "profiles.py", "tensorrt.py"}
+    sources = [path for path in sources if path.name not in others]
+    sources += [ROOT / "models" / "mini" / name for name in ("captioner.py", "rewriter.py", "words.py")]
+    for path in [*sources, ROOT / "tests" / "tiny.py"]:
+        digest.update(path.read_bytes())
+    for library in ("torch", "diffusers", "transformers", "onnx"):
+        digest.update(version(library).encode())
+    return digest.hexdigest()[:16]
