@@ -75,10 +75,12 @@ class Exports:
         return Bundle.load(self._path(name))
 
     def end(self) -> None:
-        if self._pool is not None:
+        if self._pool is None:
+            return
+        if not all(future.done() for future in self._running.values()):  # interrupted: what runs takes minutes more
             for worker in list((self._pool._processes or {}).values()):
                 worker.terminate()
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
     def _path(self, name: str) -> Path:
         return self._folder(name) / self._state

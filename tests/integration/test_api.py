@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "progress": 0,
         "completed_at": None,
         "expires_at": None,
+        "estimated_seconds_left": None,
         "prompt": "a red ball",
         "revised_prompt": None,
         "size": size,
@@ -291,12 +293,18 @@ async def test_a_model_has_other_names(client: httpx.AsyncClient) -> None:
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny", "sora-2"]
 
 
-async def test_what_no_model_can_do_is_said(service: Service, client: httpx.AsyncClient) -> None:
-    for path in ("edits", "extensions", "characters", "video_" + "0" * 32 + "/remix"):
-        response = await client.post(f"/v1/videos/{path}", json={"prompt": "a ball", "video": {"id": "video_1"}})
-        assert response.status_code == 400
+async def test_what_a_model_can_not_do_is_said(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """One without the encoder's graphs can't begin from anything."""
+    graphs = {name: graph for name, graph in tiny_bundle.manifest.graphs.items() if not name.startswith("encoder")}
+    bundle = replace(tiny_bundle, manifest=tiny_bundle.manifest.model_copy(update={"graphs": graphs}))
+    service = Service(bundle, tmp_path)
+    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        picture = {"image_url": "data:image/png;base64,AAAA"}
+        response = await client.post("/v1/videos", json={"prompt": "a ball", "input_reference": picture})
+        assert_envelope(response, 400, "input_reference")
         assert response.json()["error"]["code"] == "unsupported_by_model"
-    assert_envelope(await client.get("/v1/videos/characters/char_1"), 404, "character_id")
+        assert_envelope(await client.get("/v1/videos/characters/char_1"), 404, "character_id")
     assert service.created() == 0
 
 
