@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,21 +290,6 @@ async def test_a_model_has_other_names(client: httpx.AsyncClient) -> None:
     assert video["model"] == "tiny"
     assert (await client.get("/v1/models/sora-2")).json()["id"] == "sora-2"
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny", "sora-2"]
-
-
-async def test_what_a_model_can_not_do_is_said(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """One without the encoder's graphs can't begin from anything."""
-    graphs = {name: graph for name, graph in tiny_bundle.manifest.graphs.items() if not name.startswith("encoder")}
-    bundle = replace(tiny_bundle, manifest=tiny_bundle.manifest.model_copy(update={"graphs": graphs}))
-    service = Service(bundle, tmp_path)
-    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        picture = {"image_url": "data:image/png;base64,AAAA"}
-        response = await client.post("/v1/videos", json={"prompt": "a ball", "input_reference": picture})
-        assert_envelope(response, 400, "input_reference")
-        assert response.json()["error"]["code"] == "unsupported_by_model"
-        assert_envelope(await client.get("/v1/videos/characters/char_1"), 404, "character_id")
-    assert service.created() == 0
 
 
 async def test_a_failed_video_says_why(service: Service, client: httpx.AsyncClient) -> None:
