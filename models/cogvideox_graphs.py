@@ -116,7 +116,8 @@ class CogVideoXFamily:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        # Unlike Wan's VAE this one doesn't cut its output off; the pipeline does that.
+        pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
         return pixels
 
     def make(self, take: Take) -> NDArray[np.float32]:
