@@ -43,11 +43,11 @@ def test_both_train_go_on_and_become_part_of_a_checkpoint(alone, tmp_path, monke
         ("rewriter", train_rewriter.train_rewriter),
         ("captioner", train_captioner.train_captioner),
     ):
-        steps = []
-        for minutes in (0.005, 0.02):
-            train(Run(tmp_path, name, minutes, save_every=1000))
-            steps.append(torch.load(tmp_path / f"{name}.pt", weights_only=True)["step"])
-        assert 0 < steps[0] < steps[1]
+        train(Run(tmp_path, name, 0.005, save_every=1000))
+        first = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        # However slow this machine is now, that is time for some steps more.
+        train(Run(tmp_path, name, 0.01 + 4 * first["seconds"] / 60, save_every=1000))
+        assert 0 < first["step"] < torch.load(tmp_path / f"{name}.pt", weights_only=True)["step"]
     save_words(tmp_path, tmp_path / "checkpoint")
     for name, kind in (("rewriter", Rewriter), ("captioner", Captioner)):
         loaded = kind.load(tmp_path / "checkpoint" / name).state_dict()

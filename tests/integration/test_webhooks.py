@@ -37,7 +37,9 @@ class Office:
         self.videos = SqlVideoStore(self.database, clock=self.clock)
         self.batches = BatchStore(self.database, self.videos, clock=self.clock)
         self.outbox = Outbox(self.database, clock=self.clock)
-        self.courier = Courier(self.outbox, SECRET, allow_private=allow_private, timeout_seconds=5, give_up_seconds=600)
+        self.courier = Courier(
+            self.outbox, SECRET, allow_private=allow_private, timeout_seconds=30, give_up_seconds=600
+        )
 
     async def running(self, url: str | None) -> Video:
         await self.videos.create(

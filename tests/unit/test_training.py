@@ -36,7 +36,8 @@ def fit(folder, minutes):
 
 def test_training_resumes_and_learns(alone, tmp_path):
     first = fit(tmp_path, 0.01)
-    second = fit(tmp_path, 0.04)
+    # However slow this machine is now, that is time for some steps more.
+    second = fit(tmp_path, 0.03 + 4 * first[-1]["seconds"] / 60)
     assert second[: len(first) - 1] == first[:-1]
     assert second[-1]["step"] > first[-1]["step"]
     assert second[-1]["loss"] < first[0]["loss"]
