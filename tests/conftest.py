@@ -98,7 +98,7 @@ def receiver() -> Iterator[Receiver]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test that needs a bundle waits for its export, which takes minutes on a busy machine."""
     for item in items:
-        if _wanted(item):
+        if _wanted(item) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(900))
 
 
