@@ -178,6 +178,7 @@ class BatchWorker:
                     await self._videos.request_cancel(video_id)
                 except VideoNotFound:  # deleted meanwhile
                     continue
+            await asyncio.to_thread(self._batches.keep, batch.id)
 
     async def _finish(self, batch: Batch) -> None:
         """Write what became of every line, and only then say that it is done."""
