@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from serving.client import AsyncRushes, Rushes
 
@@ -70,12 +70,10 @@ def _opened(output: Path | None) -> BinaryIO | nullcontext[BinaryIO | None]:
     return nullcontext(sys.stdout.buffer) if output == STDOUT else output.open("wb")
 
 
-def table(client: Rushes, limit: int) -> Table:
-    """The latest videos."""
-    shown = Table("id", "status", "%", "model", "size", "s", "prompt", box=None, pad_edge=False)
+def lines(client: Rushes, limit: int) -> Iterator[str]:
+    """A line for each of the latest videos, with nothing cut off."""
     for video in client.list(limit=limit):
         status = video["error"]["code"] if video["error"] else video["status"]
+        about = f"{video['model']}  {video['size']}  {video['seconds']} s"
         prompt = " ".join((video["prompt"] or "").split())
-        cells = (video["id"], status, str(video["progress"]), video["model"], video["size"], video["seconds"])
-        shown.add_row(*cells, prompt[:80])
-    return shown
+        yield f"{video['id']}  {status:<11}  {video['progress']:>3} %  {about}  {prompt}"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from serving.cli.terminal import DEFAULT_URL, FAILED, ApiKey, Url, console, fail, output_file, said_in_one_line
 
@@ -43,6 +42,7 @@ def submit(
                 if not wait:
                     print(batch["id"])
                     return
+                console.print(f"{batch['id']} goes on, whether anybody waits or not")
                 batch = submission.wait(client, batch, console)
                 for file_id, path in (
                     (batch["output_file_id"], answers),
@@ -86,7 +86,8 @@ def list_videos(
     from serving.client import Rushes
 
     with said_in_one_line(), Rushes(url, api_key, retry_seconds=0) as client:
-        Console(highlight=False, soft_wrap=True).print(remote.table(client, limit))
+        for line in remote.lines(client, limit):
+            print(line)
 
 
 def cancel(
