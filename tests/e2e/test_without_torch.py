@@ -18,7 +18,7 @@ class Refuse(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Refuse())
 import models.bundle, models.samplers, models.window, serving
-names = [m.name for m in pkgutil.walk_packages(serving.__path__, "serving.")]
+names = [m.name for m in pkgutil.walk_packages(serving.__path__, "serving.") if not m.name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
 print(len(names))
