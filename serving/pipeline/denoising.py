@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Engine, EngineError, arrays_of
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
+from serving.metrics import BATCH_ROWS
+from serving.pipeline.pace import Pace, StageState
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, StepDone
+from serving.tracing import Carrier, record
 
 _Event = DenoiseEvent | Exception
 
@@ -25,6 +29,7 @@ class _Place:
 
     session: Session
     events: asyncio.Queue[_Event]
+    trace: Carrier = field(default_factory=dict)
 
 
 class EngineDenoiser:
@@ -51,7 +56,9 @@ class EngineDenoiser:
         self._scheduler = StepScheduler(limits or Limits())
         self._free = asyncio.Semaphore(max_sessions)
         self._places: dict[Hashable, _Place] = {}
-        self._opened = 0
+        self._opened = self._waiting = 0
+        self._opened_tokens = 0
+        self._pace = Pace()
         self._work = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
@@ -83,13 +90,25 @@ class EngineDenoiser:
         return self._scheduler.outstanding_tokens
 
     @property
+    def state(self) -> StageState:
+        """How it stands. A video that waits for a place counts as much as the others did on average."""
+        waiting = self._waiting * self._opened_tokens / max(1, self._opened)
+        seconds = self._pace.seconds(self.outstanding_tokens + waiting)
+        return StageState(self._waiting, len(self._places), seconds)
+
+    @property
     def trace(self) -> Sequence[TraceLine]:
         """What ran in the last engine calls, and who left; a session is a video's id and a number."""
         return self._scheduler.trace
 
     async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
         """Raises `EngineError` when a call that held this video failed, `ValueError` when no call could hold it."""
-        async with self._free:
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        try:
             id, events = self._open(request)
             try:
                 while True:
@@ -102,6 +121,8 @@ class EngineDenoiser:
             finally:
                 self._scheduler.remove(id)
                 self._places.pop(id, None)
+        finally:
+            self._free.release()
 
     async def stop(self) -> None:
         """Stop the loop and wait for the call that is running. Videos that are still open raise `EngineError`."""
@@ -114,6 +135,7 @@ class EngineDenoiser:
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
         session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
+        self._opened_tokens += session.rows * session.tokens_per_row * (session.calls - session.calls_done)
         id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
         self._scheduler.add(
             Entry(
@@ -126,7 +148,7 @@ class EngineDenoiser:
         )
         # Everything a session can say fits, so the loop never waits for a slow reader.
         events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
-        self._places[id] = _Place(session, events)
+        self._places[id] = _Place(session, events, request.trace)
         if self._loop is None:
             self._loop = asyncio.create_task(self._run(), name="denoiser")
         self._work.set()
@@ -141,13 +163,25 @@ class EngineDenoiser:
                 await self._work.wait()
                 continue
             batch = [self._places[id] for id in ids]
+            tokens = sum(place.session.rows * place.session.tokens_per_row for place in batch)
+            started = loop.time()
             try:
                 chunks = await loop.run_in_executor(self._thread, self._step, [place.session for place in batch])
             except Exception as error:
                 self._fail(ids, error)
                 continue
+            self._measure(batch, tokens, loop.time() - started)
             for id, place, finished in zip(ids, batch, chunks, strict=True):
                 self._report(id, place, finished)
+
+    def _measure(self, batch: Sequence[_Place], tokens: int, seconds: float) -> None:
+        self._pace.took(tokens, seconds)
+        rows = sum(place.session.rows for place in batch)
+        BATCH_ROWS.observe(rows)
+        ended = time.time_ns()
+        for place in batch:
+            begun = ended - int(1e9 * seconds)
+            record("step", place.trace, begun, ended, step=place.session.calls_done, batch_rows=rows, tokens=tokens)
 
     def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
         session = place.session

@@ -27,6 +27,7 @@ from serving.pipeline.stages import (
     TextEncoder,
     VideoSpec,
 )
+from serving.tracing import carrier
 
 # Chunks handed to the decoder and not yet taken by the sink: one being decoded, one waiting behind it.
 WINDOW = 2
@@ -248,7 +249,7 @@ class _Generation:
         """What to ask the denoiser. The prompt and the source are encoded once, and only if something is to be made."""
         if self._request is None:
             self._request = self._start(self._encode())
-        request = replace(await self._request, begun=begun, state_every=self._state_every)
+        request = replace(await self._request, begun=begun, state_every=self._state_every, trace=carrier())
         if self._spec.best_of == 1:
             return request
         spec = replace(self._spec, seed=(self._spec.seed + number) % _SEEDS)

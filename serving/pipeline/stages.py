@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
+from serving.tracing import Carrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class DenoiseRequest:
     width]`.
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
-    bidirectional video reports its sampler's state; 0 means never.
+    bidirectional video reports its sampler's state; 0 means never. `trace` is what its steps' spans are below.
     """
 
     video_id: str
@@ -77,6 +78,7 @@ class DenoiseRequest:
     source: NDArray[np.float32] | None = None
     begun: Checkpoint = NOTHING
     state_every: int = 0
+    trace: Carrier = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
