@@ -12,9 +12,10 @@ from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Engine, EngineError, arrays_of
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
+from serving.pipeline.endless import EndlessSession
 from serving.pipeline.scheduler import Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, StepDone
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, Steering, StepDone
 
 _Event = DenoiseEvent | Exception
 
@@ -23,8 +24,12 @@ _Event = DenoiseEvent | Exception
 class _Place:
     """A video that holds memory here, and where it hears what happened to it."""
 
+    video_id: str
     session: Session
     events: asyncio.Queue[_Event]
+    scheduled_calls: int
+    """Up to which of the session's calls the scheduler knows of."""
+    running: bool = False
 
 
 class EngineDenoiser:
@@ -103,6 +108,17 @@ class EngineDenoiser:
                 self._scheduler.remove(id)
                 self._places.pop(id, None)
 
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """From its next chunk on an endless video does as `steering` says; False when there is none of this name."""
+        found = False
+        for id, place in self._places.items():
+            if place.video_id == video_id and isinstance(place.session, EndlessSession):
+                found = True
+                place.session.steer(steering)
+                if not place.running:  # else it is looked at after the call
+                    self._schedule(id, place)
+        return found
+
     async def stop(self) -> None:
         """Stop the loop and wait for the call that is running. Videos that are still open raise `EngineError`."""
         if self._loop is not None:
@@ -112,9 +128,24 @@ class EngineDenoiser:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
-        session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
+        opens = open_session if request.steering is None else EndlessSession
+        session = opens(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
         id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
+        # Everything a session can say fits, so the loop never waits for a slow reader.
+        events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
+        place = _Place(request.video_id, session, events, scheduled_calls=session.calls_done)
+        self._schedule(id, place)
+        self._places[id] = place
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._run(), name="denoiser")
+        return id, events
+
+    def _schedule(self, id: Hashable, place: _Place) -> None:
+        """What the session may do now, once it has done what it was scheduled for: an endless one a chunk at a time."""
+        session = place.session
+        if session.calls_done != place.scheduled_calls or session.calls == session.calls_done:
+            return
         self._scheduler.add(
             Entry(
                 id=id,
@@ -124,13 +155,8 @@ class EngineDenoiser:
                 steps=session.calls - session.calls_done,
             )
         )
-        # Everything a session can say fits, so the loop never waits for a slow reader.
-        events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
-        self._places[id] = _Place(session, events)
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._run(), name="denoiser")
+        place.scheduled_calls = session.calls
         self._work.set()
-        return id, events
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -141,6 +167,8 @@ class EngineDenoiser:
                 await self._work.wait()
                 continue
             batch = [self._places[id] for id in ids]
+            for place in batch:
+                place.running = True
             try:
                 chunks = await loop.run_in_executor(self._thread, self._step, [place.session for place in batch])
             except Exception as error:
@@ -150,12 +178,14 @@ class EngineDenoiser:
                 self._report(id, place, finished)
 
     def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
-        session = place.session
+        session, place.running = place.session, False
         place.events.put_nowait(StepDone(session.calls_done, session.calls))
         for event in finished:
             place.events.put_nowait(event)
-        if session.calls_done < session.calls:
+        if session.calls_done < place.scheduled_calls:
             self._scheduler.reshape(id, _group(session), session.tokens_per_row)
+        elif id in self._places:
+            self._schedule(id, place)
 
     def _fail(self, ids: Sequence[Hashable], error: Exception) -> None:
         for id in ids:
