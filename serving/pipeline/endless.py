@@ -43,6 +43,11 @@ class EndlessSession(CausalSession):
         return self.calls_done + self._table.steps + 1 - self._step
 
     @property
+    def next_chunk(self) -> tuple[int, int]:
+        chunk, calls = super().next_chunk
+        return self._number(chunk), calls
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         channels, _, height, width = self._latent_shape
         return channels, self._chunk_frames, height, width

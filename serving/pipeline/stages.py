@@ -78,7 +78,8 @@ class DenoiseRequest:
     width]`.
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
-    bidirectional video reports its sampler's state; 0 means never.
+    bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
+    chunks are wanted by the time that they are played, and its share of the engine is larger.
 
     With `steering` a causal video has no end: `spec.frames` says nothing, and `Steerable.steer` says how it goes on.
     `begun` is then what is left to remember of `chunks_before`: the context's sinks, and the last chunks.
@@ -92,6 +93,7 @@ class DenoiseRequest:
     source: NDArray[np.float32] | None = None
     begun: Checkpoint = NOTHING
     state_every: int = 0
+    interactive: bool = True
     steering: Steering | None = None
     chunks_before: int = 0
 
