@@ -6,7 +6,6 @@ What lies between them (sampler, queues, muxer) is what a replay leaves out.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,11 +100,8 @@ class Engines:
         self.denoisers = self._open(config.denoiser, *names)
         self.decoders = self._open(config.decoder, "decoder_first", "decoder_next")
 
-    def record(self, spec: VideoSpec) -> VideoCalls:
+    async def record(self, spec: VideoSpec) -> VideoCalls:
         """Make the video once, and keep the calls that this takes."""
-        return asyncio.run(self._record(spec))
-
-    async def _record(self, spec: VideoSpec) -> VideoCalls:
         manifest, id = self.bundle.manifest, uuid4().hex
         text = _Recorded("text_encoder", self.text["text_encoder"])
         encoder = EngineTextEncoder(text, self.bundle.tokenizer, manifest.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -68,7 +69,7 @@ def time_engines(
     """Raises `EngineError`. `times` is how often the whole request is replayed."""
     say(f"recording what {bundle.manifest.name} takes for {describe(spec)}")
     engines = Engines(bundle, config)
-    video = engines.record(spec)
+    video = asyncio.run(engines.record(spec))
     calls: list[Timed] = []
     for what, call, counts in _kinds(video, rows):
         for count in counts:

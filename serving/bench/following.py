@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -132,9 +132,17 @@ class Target:
             error=error,
         )
 
-    async def cancel(self, video_id: str) -> None:
-        """On Rushes; it ends within a step."""
-        await self.http.post(f"/v1/videos/{video_id}/cancel")
+    async def first_chunk_seconds(self, ask: Ask) -> float:
+        """Of a Rushes service, which is then told to cancel the video. Raises what `make` makes an outcome of."""
+        sent, seen = self.now(), _Seen()
+        async with asyncio.timeout(self._timeout_seconds), aclosing(self._chunks(ask, seen)) as chunks:
+            async for chunk in chunks:
+                first = chunk.at_seconds - sent
+                break
+            else:
+                raise RushesError("the answer is no stream of fragments")
+        await self.http.post(f"/v1/videos/{seen.video_id}/cancel")
+        return first
 
     async def __aenter__(self) -> Target:
         return self
@@ -158,6 +166,14 @@ class Target:
         return video
 
     async def _stream(self, ask: Ask, seen: _Seen) -> None:
+        async with aclosing(self._chunks(ask, seen)) as chunks:
+            async for chunk in chunks:
+                seen.chunks.append(chunk)
+        if not seen.chunks:
+            raise RushesError("the answer is no stream of fragments")
+        seen.video_seconds = sum(chunk.seconds for chunk in seen.chunks)
+
+    async def _chunks(self, ask: Ask, seen: _Seen) -> AsyncGenerator[Arrived, None]:
         if self.follow is Follow.watch:
             await self._create(ask, seen)
             request = self.http.build_request("GET", f"/v1/videos/{seen.video_id}/stream")
@@ -173,12 +189,10 @@ class Target:
             reader = FragmentReader()
             async for piece in response.aiter_raw():
                 at = self.now()
-                seen.chunks += [Arrived(at, fragment_seconds(chunk.init, chunk.data)) for chunk in reader.feed(piece)]
+                for chunk in reader.feed(piece):
+                    yield Arrived(at, fragment_seconds(chunk.init, chunk.data))
         finally:
             await response.aclose()
-        if not seen.chunks:
-            raise RushesError("the answer is no stream of fragments")
-        seen.video_seconds = sum(chunk.seconds for chunk in seen.chunks)
 
 
 def kind_of(failure: Exception) -> str:
