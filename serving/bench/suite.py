@@ -117,9 +117,9 @@ def run(options: Options, say: Say) -> Results:
         models = {bundle.manifest.name: str(bundle.root.resolve()) for bundle in run.bundles}
         settings = {**settings_of(options.config), "models": models}
         with service(settings, Path(folder), free_port()) as url:
-            run.bidirectional(url)
-            run.causal(url)
-            run.peers(url)
+            run.measure_bidirectional(url)
+            run.measure_causal(url)
+            run.measure_peers(url)
     order = {figure: place for place, figure in enumerate(ALL)}
     run.results.figures.sort(key=lambda one: order[one.figure])
     run.results.seconds = time.monotonic() - started
@@ -134,7 +134,7 @@ class _Run:
         self._say = say
         self.bundles = [bundle for bundle in (options.bundle, options.causal) if bundle is not None]
 
-    def bidirectional(self, url: str) -> None:
+    def measure_bidirectional(self, url: str) -> None:
         bench = self._bench(url, self.options.bundle)
         with self.covering(ONE_REQUEST):
             measured, self.results.breakdown = self._await(scenarios.one_request(bench))
@@ -142,7 +142,7 @@ class _Run:
         with self.covering(THROUGHPUT):
             self.results.figures += self._await(scenarios.throughput(bench))
 
-    def causal(self, url: str) -> None:
+    def measure_causal(self, url: str) -> None:
         if self.options.causal is None:
             needing = (FIRST_CHUNK, REAL_TIME, CHUNK_OVERHEAD, VIEWERS, BESIDE_BATCH, CLIP_LENGTH)
             self._left_out("no causal bundle was given", *needing)
@@ -162,7 +162,7 @@ class _Run:
         with self.covering(BESIDE_BATCH):
             self.results.figures += self._await(streaming.beside_batch(bench, count))
 
-    def peers(self, url: str) -> None:
+    def measure_peers(self, url: str) -> None:
         needing = (PEER_EAGER, PEER_BEST, MIXED)
         if self.options.checkpoint is None:
             self._left_out("no checkpoint was given", *needing)
@@ -201,7 +201,7 @@ class _Run:
         """One way to run diffusers; its times, with ours for the same request in the same rounds."""
         seconds = bench.seconds(scenarios.SECONDS)
         # Not a prompt that the service has met before, so that it encodes each as the peer does.
-        ours = iter(bench.asks(_PEER_ROUNDS, seed=hash(variant) % 1000, num_inference_steps=scenarios.STEPS))
+        ours = iter(bench.asks(_PEER_ROUNDS, num_inference_steps=scenarios.STEPS))
 
         async def measured(peer: Peer) -> PeerTimes:
             async with bench.target() as target:
