@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.bench import figures
 from serving.bench.arrivals import TraceError, at_once, poisson, read_trace
 from serving.bench.asks import Ask, asks, read_prompts
 from serving.bench.document import DocumentError, filled
+from serving.bench.figures import Measured
 from serving.bench.following import Outcome
 from serving.bench.fragments import fragment_seconds
 from serving.bench.machine import this_machine
 from serving.bench.report import Goals, report
 from serving.bench.statistics import Spread, Summary, percentile, steady_rate
+from serving.bench.suite import Results
 from serving.bench.tables import load_table, seconds, spread, table
 from serving.bench.viewer import Arrived, view
 from serving.media.fmp4 import encode_fragment
@@ -275,3 +279,29 @@ def test_the_machine_is_named() -> None:
     assert machine.cores >= 1
     assert "ray" in machine.versions
     assert machine.revision
+
+
+def test_the_figures_are_all_there_with_their_bars_and_why_not() -> None:
+    measured = [
+        Measured(figures.ONE_REQUEST, Spread.of([1.01, 1.02, 1.2]), "33 frames"),
+        Measured(figures.FIRST_CHUNK, Spread.of([41.0])),
+        Measured(figures.MIXED, None, "no checkpoint was given"),
+    ]
+    assert [one.kept for one in measured] == [True, False, None]
+    rows = figures.figures_table(measured).splitlines()[2:]
+    assert len(rows) == len(figures.ALL)
+    assert "1.02 (1.01 to 1.2, of 3)" in rows[0]
+    assert "33 frames" in rows[0]
+    assert "41 ms" in rows[1]
+    assert "no checkpoint was given" in "\n".join(rows)
+    assert sum("not measured" in row for row in rows) == len(figures.ALL) - 2
+    assert json.loads(json.dumps(measured[0].as_json()))["kept"] is True
+
+
+def test_benchmarks_md_has_a_place_for_every_part_of_a_run() -> None:
+    document = (Path(__file__).parents[2] / "BENCHMARKS.md").read_text()
+    parts = Results(this_machine()).parts()
+    made = filled(document, parts)
+    assert filled(made, parts) == made
+    assert set(re.findall(r"<!-- bench:begin (\w+) -->", document)) == parts.keys()
+    json.loads(Results(this_machine()).as_json())
