@@ -67,8 +67,8 @@ class StageConfig(_Strict):
     threads: PositiveInt = Field(default=1, description="Threads that one engine call uses on the CPU.")
     provider: str = Field(
         default="CPUExecutionProvider",
-        description="What runs the graphs: one of ONNX Runtime's execution providers, or `tensorrt` or `tensorrt_rtx`, "
-        "for which `rushes export tensorrt` has made plans.",
+        description="What runs the graphs: one of ONNX Runtime's execution providers; `openvino`, or `openvino_bf16` "
+        "on CPUs that have it; or `tensorrt` or `tensorrt_rtx`, for which `rushes export tensorrt` has made plans.",
     )
     plans: Path | None = Field(
         default=None, description="Where TensorRT's plans are; in the bundle's directory `plans` when it is left out."

@@ -19,6 +19,7 @@ from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.keeper import Keeper
 from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
+from serving.jobs.video import BATCH
 from serving.media.fmp4 import remux_to_mp4
 from serving.media.frames import read_all
 from serving.media.previews import sprite_sheet, thumbnail
@@ -141,6 +142,7 @@ class Attempt:
             keeping=keeper,
             state_every=self._settings.checkpoint_steps,
             shown=writer.trusted,
+            interactive=self._video.priority < BATCH,
         )
 
     async def _source(self) -> NDArray[np.uint8] | None:

@@ -81,6 +81,11 @@ class Session(ABC):
         """How many engine calls the video takes from its beginning."""
 
     @property
+    @abstractmethod
+    def next_chunk(self) -> tuple[int, int]:
+        """The chunk that comes out next, and how many calls from now."""
+
+    @property
     def graph(self) -> GraphName:
         """Which denoiser the next call is for: a model may have another for little noise."""
         return "denoiser"
@@ -128,6 +133,10 @@ class BidirectionalSession(Session):
     @property
     def calls(self) -> int:
         return self._table.steps
+
+    @property
+    def next_chunk(self) -> tuple[int, int]:
+        return 0, self.calls - self.calls_done
 
     @property
     def graph(self) -> GraphName:
@@ -201,6 +210,12 @@ class CausalSession(Session):
     @property
     def calls(self) -> int:
         return self._given + (self.chunks - self._given) * (self._table.steps + 1) - 1
+
+    @property
+    def next_chunk(self) -> tuple[int, int]:
+        left = self._table.steps - self._step
+        # After the last step comes the pass that moves the cache on, and then another chunk.
+        return (self._chunk, left) if left else (self._chunk + 1, 1 + self._table.steps)
 
     @property
     def _given(self) -> int:

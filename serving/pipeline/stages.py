@@ -66,7 +66,8 @@ class DenoiseRequest:
     width]`.
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
-    bidirectional video reports its sampler's state; 0 means never.
+    bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
+    chunks are wanted by the time that they are played, and its share of the engine is larger.
     """
 
     video_id: str
@@ -77,6 +78,7 @@ class DenoiseRequest:
     source: NDArray[np.float32] | None = None
     begun: Checkpoint = NOTHING
     state_every: int = 0
+    interactive: bool = True
 
 
 @dataclass(frozen=True, slots=True)
