@@ -253,14 +253,18 @@ class CausalSession(Session):
         return [self._shown()]
 
     def _shown(self) -> LatentChunk:
-        return LatentChunk(self._chunk, self._state[0].copy(), last=self._chunk == self.chunks - 1)
+        return LatentChunk(self._number(self._chunk), self._state[0].copy(), last=self._chunk == self.chunks - 1)
+
+    def _number(self, chunk: int) -> int:
+        """Of the video's chunks, which one is the session's `chunk`."""
+        return chunk
 
     def _begin_chunk(self, chunk: int) -> None:
         self._chunk = chunk
         if chunk in self._scenes:
             self._texts[0] = self._scenes[chunk]
         self._text = np.stack(self._texts)
-        self._noise = _Noise(self._seed, chunk)
+        self._noise = _Noise(self._seed, self._number(chunk))
         noise = self._noise.draw(self.shape)
         self._held = self._source.within(chunk * self._chunk_frames, noise)
         self._state = self._held.begin(self._table, noise)
