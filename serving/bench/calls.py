@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from uuid import uuid4
 
 import numpy as np
@@ -166,35 +167,46 @@ def replay(video: VideoCalls) -> list[float]:
         return [end.result() for end in ends]
 
 
-def saturate(video: VideoCalls, *, rows: int, denoisers: int, decoders: int, batches: int) -> list[float]:
+def saturate(replicas: Sequence[VideoCalls], *, rows: int, denoisers: int, decoders: int, batches: int) -> list[float]:
     """When so many videos would be finished by the engines alone, with full batches of `rows` all the time.
 
-    `denoisers` and `decoders` are threads, for as many replicas; each denoiser makes `batches` calls of each kind. An
-    engine is called by all of them, which ONNX Runtime allows and a service, that has one for each replica, is like.
+    `denoisers` and `decoders` are threads, for as many replicas; each denoiser makes `batches` calls of each kind.
+    `replicas` are the same video, recorded once for each thread of the kind that has more: an engine takes one call at
+    a time.
     """
-    per_call = max(1, rows // _rows(video.chunks[0].denoise[0]))
+    per_call = max(1, rows // _rows(replicas[0].chunks[0].denoise[0]))
     widened = [
         [call.with_rows(per_call * _rows(call)) for chunk in video.chunks for call in chunk.denoise]
-        for _ in range(denoisers)
+        for video in replicas[:denoisers]
     ]
+    waiting: SimpleQueue[bool] = SimpleQueue()
     started = time.perf_counter()
 
-    def decoded() -> float:
-        for call in (*video.text, *(call for chunk in video.chunks for call in chunk.decode)):
-            call.run()
-        return time.perf_counter() - started
+    def denoise(calls: Sequence[Call]) -> None:
+        for _ in range(batches):
+            for call in calls:
+                call.run()
+            for _ in range(per_call):
+                waiting.put(True)
 
-    with ThreadPoolExecutor(decoders) as decoding, ThreadPoolExecutor(denoisers) as denoising:
+    def decode(video: VideoCalls) -> list[float]:
+        ends = []
+        while waiting.get():
+            for call in (*video.text, *(call for chunk in video.chunks for call in chunk.decode)):
+                call.run()
+            ends.append(time.perf_counter() - started)
+        return ends
 
-        def denoised(calls: Sequence[Call]) -> list[float]:
-            ends = []
-            for _ in range(batches):
-                for call in calls:
-                    call.run()
-                ends += [decoding.submit(decoded) for _ in range(per_call)]
-            return [end.result() for end in ends]
-
-        return sorted(end for ends in denoising.map(denoised, widened) for end in ends)
+    with ThreadPoolExecutor(denoisers + decoders) as threads:
+        decoding = [threads.submit(decode, video) for video in replicas[:decoders]]
+        denoising = [threads.submit(denoise, calls) for calls in widened]
+        try:
+            for one in denoising:
+                one.result()
+        finally:
+            for _ in decoding:
+                waiting.put(False)
+        return sorted(end for one in decoding for end in one.result())
 
 
 def _rows(call: Call) -> int:

@@ -47,17 +47,17 @@ async def throughput(bench: Bench) -> list[Measured]:
     """Twice as many requests at a time as one call holds, without the filling up and the running out."""
     config, seconds = bench.config, bench.seconds(1)
     spec = default_spec(bench.bundle, seconds=seconds, num_inference_steps=STEPS)
-    video = await Engines(bench.bundle, config).record(spec)
     rows, guided = config.denoiser.max_rows, spec.guidance_scale > 1
     batch = rows // (2 if guided else 1)
     denoisers, decoders = (stage.autoscaling.max_replicas for stage in (config.denoiser, config.decoder))
     concurrency = 2 * batch * denoisers
+    replicas = [await Engines(bench.bundle, config).record(spec) for _ in range(max(denoisers, decoders))]
     ratios = []
     async with bench.target() as target:
         for number in range(min(bench.rounds, 2)):
             bench.say(f"saturation, {number + 1} of {min(bench.rounds, 2)}: the engines alone")
             bare = steady_rate(
-                saturate(video, rows=rows, denoisers=denoisers, decoders=decoders, batches=4), batch * denoisers
+                saturate(replicas, rows=rows, denoisers=denoisers, decoders=decoders, batches=4), batch * denoisers
             )
             bench.say(f"saturation, {number + 1} of {min(bench.rounds, 2)}: {concurrency} requests at a time")
             requests = bench.asks(4 * concurrency, seconds=seconds, num_inference_steps=STEPS)

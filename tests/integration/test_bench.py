@@ -176,7 +176,7 @@ async def test_the_recorded_calls_are_those_that_a_video_takes(tiny_bundle: Bund
     ends = replay(video)
     assert len(ends) == len(video.chunks)
     assert ends == sorted(ends)
-    made = saturate(video, rows=4, denoisers=1, decoders=1, batches=2)
+    made = saturate([video], rows=4, denoisers=1, decoders=1, batches=2)
     assert len(made) == 4  # two calls of two guided videos
     told = explained(video, 10.0, manifest.fps)
     assert told.rest == pytest.approx(10 - sum(told.parts.values()))
