@@ -263,6 +263,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "rushes"
+    realtime: bool = Field(description="Whether there may be interactive sessions on it, at `/v1/realtime`.")
     limits: ModelLimits
     loras: list[str] = Field(description="What `lora` may name.")
 
@@ -278,6 +279,7 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
     return ModelObject(
         id=name,
         created=created,
+        realtime=manifest.rollout == "causal",
         limits=ModelLimits(
             fps=manifest.fps,
             default_size=f"{width}x{height}",

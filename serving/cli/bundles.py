@@ -128,7 +128,7 @@ def export_tensorrt(
 def measure(
     bundle: Annotated[Path, typer.Argument(help="A bundle's directory; its manifest is written anew.")],
     threads: Annotated[int, typer.Option(min=1, help="Threads for an engine call, as the service will have.")] = 1,
-    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+    provider: Annotated[str, typer.Option(help="As in the configuration.")] = "CPUExecutionProvider",
 ) -> None:
     """Measure what a bundle's graphs take on this machine, and keep that in the bundle.
 

@@ -82,6 +82,11 @@ class Session(ABC):
         """How many engine calls the video takes from its beginning."""
 
     @property
+    @abstractmethod
+    def next_chunk(self) -> tuple[int, int]:
+        """The chunk that comes out next, and how many calls from now."""
+
+    @property
     def graph(self) -> GraphName:
         """Which denoiser the next call is for: a model may have another for little noise."""
         return "denoiser"
@@ -135,6 +140,10 @@ class BidirectionalSession(Session):
     @property
     def calls(self) -> int:
         return self._table.steps
+
+    @property
+    def next_chunk(self) -> tuple[int, int]:
+        return 0, self.calls - self.calls_done
 
     @property
     def graph(self) -> GraphName:
@@ -211,6 +220,12 @@ class CausalSession(Session):
         return self._given + (self.chunks - self._given) * (self._table.steps + 1) - 1
 
     @property
+    def next_chunk(self) -> tuple[int, int]:
+        left = self._table.steps - self._step
+        # After the last step comes the pass that moves the cache on, and then another chunk.
+        return (self._chunk, left) if left else (self._chunk + 1, 1 + self._table.steps)
+
+    @property
     def _given(self) -> int:
         """Chunks that are nothing but what the video begins from."""
         return self._source.frames // self._chunk_frames
@@ -247,14 +262,18 @@ class CausalSession(Session):
         return [self._shown()]
 
     def _shown(self) -> LatentChunk:
-        return LatentChunk(self._chunk, self._state[0].copy(), last=self._chunk == self.chunks - 1)
+        return LatentChunk(self._number(self._chunk), self._state[0].copy(), last=self._chunk == self.chunks - 1)
+
+    def _number(self, chunk: int) -> int:
+        """Of the video's chunks, which one is the session's `chunk`."""
+        return chunk
 
     def _begin_chunk(self, chunk: int) -> None:
         self._chunk = chunk
         if chunk in self._scenes:
             self._texts[0] = self._scenes[chunk]
         self._text = np.stack(self._texts)
-        self._noise = _Noise(self._seed, chunk)
+        self._noise = _Noise(self._seed, self._number(chunk))
         noise = self._noise.draw(self.shape)
         self._held = self._source.within(chunk * self._chunk_frames, noise)
         self._state = self._held.begin(self._table, noise)
