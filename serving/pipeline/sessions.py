@@ -54,6 +54,7 @@ class Session(ABC):
         skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
+        self._lora_scales = _scales_of(manifest, request)
         self._texts = [request.conditional.hidden_states]
         if spec.guidance_scale > 1:
             if request.unconditional is None:
@@ -98,6 +99,12 @@ class Session(ABC):
     @abstractmethod
     def feeds(self) -> dict[str, Array]:
         """The next call's inputs, each `[rows, …]`."""
+
+    def _loras(self) -> dict[str, Array]:
+        """How much of each LoRA the rows get, if the next call's graph takes that."""
+        if self._manifest.shape_of(self.graph, "lora_scales") is None:
+            return {}
+        return {"lora_scales": np.repeat(self._lora_scales, self.rows, axis=0)}
 
     @abstractmethod
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
@@ -151,6 +158,7 @@ class BidirectionalSession(Session):
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": self._timesteps(),
             "encoder_hidden_states": self._text,
+            **self._loras(),
         }
 
     def _timesteps(self) -> Floats:
@@ -236,6 +244,7 @@ class CausalSession(Session):
             "encoder_hidden_states": self._text,
             "cache": self._cache,
             "write_index": np.full(self.rows, self._chunk, np.int64),
+            **self._loras(),
         }
 
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
@@ -353,6 +362,14 @@ class _Held:
         if self._kept is not None:
             level = np.float32(0 if self._clean else sigma)
             state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
+
+
+def _scales_of(manifest: Manifest, request: DenoiseRequest) -> Floats:
+    """`[1, loras]`. Raises `ValueError` for one that the bundle hasn't: it was another one when that was asked for."""
+    wanted, names = dict(request.spec.lora), [lora.name for lora in manifest.loras]
+    if missing := wanted.keys() - set(names):
+        raise ValueError(f"{request.video_id}: {manifest.name} has no LoRA {min(missing)!r}")
+    return np.array([[wanted.get(name, 0.0) for name in names]], np.float32)
 
 
 def skipped_steps(steps: int, strength: float) -> int:

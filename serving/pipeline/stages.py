@@ -24,6 +24,8 @@ class VideoSpec:
     they are the video's own first frames (a picture's is one; an extension's are a whole video's). With one they are a
     draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
     `source_video_id` says of which video it is, if it is one of this service.
+
+    `lora` are pairs of the name of one of the bundle's LoRAs and how much of it is wanted.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class VideoSpec:
     source_frames: int = 0
     strength: float | None = None
     source_video_id: str | None = None
+    lora: tuple[tuple[str, float], ...] = ()
 
     @property
     def rendered_prompt(self) -> str:
