@@ -20,7 +20,7 @@ from serving.media.hls import INIT, MEDIA_PLAYLIST, Timeline, media_playlist, mu
 from serving.media.pixels import describe
 
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
-# How long an answer waits for what isn't there yet: a video that is queued, and a playlist or a part that was announced.
+# How long an answer waits for a video that is queued, and for a playlist or a part that was announced.
 # hls.js (1.7) gives those up after 20 and 9 seconds; after these here it asks again.
 _BEGIN_SECONDS, _WAIT_SECONDS = 15.0, 8.0
 # A variant's bandwidth is said before all of it is known.
