@@ -68,8 +68,8 @@ class StageConfig(_Strict):
     threads: PositiveInt = Field(default=1, description="Threads that one engine call uses on the CPU.")
     provider: str = Field(
         default="CPUExecutionProvider",
-        description="What runs the graphs: one of ONNX Runtime's execution providers, or `tensorrt` or `tensorrt_rtx`, "
-        "for which `rushes export tensorrt` has made plans.",
+        description="What runs the graphs: one of ONNX Runtime's execution providers; `openvino`, or `openvino_bf16` "
+        "on CPUs that have it; or `tensorrt` or `tensorrt_rtx`, for which `rushes export tensorrt` has made plans.",
     )
     plans: Path | None = Field(
         default=None, description="Where TensorRT's plans are; in the bundle's directory `plans` when it is left out."
@@ -184,6 +184,21 @@ class ApiConfig(_Strict):
     )
 
 
+class RealtimeConfig(_Strict):
+    """Interactive sessions: `/v1/realtime`, for causal models."""
+
+    max_sessions: NonNegativeInt = Field(
+        default=4, description="Sessions at a time on one replica of the API; 0 means none."
+    )
+    idle_seconds: PositiveFloat = Field(
+        default=60.0, description="A session whose client hasn't said or acknowledged anything for so long ends."
+    )
+    max_seconds: PositiveFloat = Field(default=3600.0, description="How long a session may last.")
+    buffer_seconds: PositiveFloat = Field(
+        default=2.0, description="How far ahead of playback a session is made: what a new prompt takes to be seen."
+    )
+
+
 class WebhookConfig(_Strict):
     """Whom the service calls when a video or a batch has ended: the `webhook_url` of the request."""
 
@@ -266,6 +281,7 @@ class ServiceConfig(_Strict):
         description="Whether requests need an API key (`rushes keys create`); when it is left out, they do unless "
         "`host` is a loopback address.",
     )
+    realtime: RealtimeConfig = Field(default=RealtimeConfig(), description="Interactive sessions.")
     webhooks: WebhookConfig = Field(default_factory=WebhookConfig, description="Whom the service calls.")
     observability: ObservabilityConfig = Field(
         default=ObservabilityConfig(), description="Metrics, traces and logs of the service."

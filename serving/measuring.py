@@ -13,7 +13,9 @@ import numpy as np
 
 from models.bundle import MANIFEST, Bundle, BundleError, Manifest
 from models.cost import CallSample, ChunkSample, CostInfo, fit
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.engine import Engine
+from serving.engines.onnx_runtime import CPU
+from serving.engines.opening import Opener
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.request import make_spec
@@ -48,7 +50,7 @@ def sample(
     clock = time.process_time if provider == CPU and threads == 1 else time.perf_counter
     calls: list[CallSample] = []
     chunks: list[ChunkSample] = []
-    engine = OnnxRuntimeEngine(bundle.path_of("denoiser"), threads=threads, provider=provider)
+    (engine,) = Opener(bundle, threads, provider).open("denoiser")
     for spec, rows in product(_specs(bundle.manifest), _ROWS):
         progress(f"denoising {spec.width}x{spec.height}, {spec.frames} frames, {rows} rows")
         calls.append(_call(bundle.manifest, engine, spec, rows, clock))
@@ -80,7 +82,7 @@ def _specs(manifest: Manifest) -> Iterator[VideoSpec]:
         )
 
 
-def _call(manifest: Manifest, engine: OnnxRuntimeEngine, spec: VideoSpec, rows: int, clock: Clock) -> CallSample:
+def _call(manifest: Manifest, engine: Engine, spec: VideoSpec, rows: int, clock: Clock) -> CallSample:
     text = TextEmbedding(np.zeros((manifest.text.max_tokens, manifest.text.dim), np.float32))
     session = open_session(manifest, DenoiseRequest("measured", spec, text, None))
     feeds = {name: np.repeat(value, rows, axis=0) for name, value in session.feeds().items()}

@@ -124,6 +124,9 @@ def references_router(
             guidance_scale=request["guidance_scale"],
             rewrite_prompt=body.rewrite_prompt,
             best_of=request.get("best_of", 1),
+            lora=[{"name": name, "scale": scale} for name, scale in request.get("lora", ())]
+            if body.lora is None
+            else body.lora,
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest
@@ -137,6 +140,7 @@ def references_router(
             size=body.size,
             seed=body.seed,
             rewrite_prompt=body.rewrite_prompt,
+            lora=body.lora,
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest

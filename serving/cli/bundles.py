@@ -30,6 +30,13 @@ def export(
             "transformer_2 for one that belongs to the second expert.",
         ),
     ] = None,
+    named_lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=[PART=]PATH[:SCALE]",
+            help="A LoRA that is kept apart from the weights, for requests to name; may be given several times.",
+        ),
+    ] = None,
 ) -> None:
     """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written.
 
@@ -38,6 +45,7 @@ def export(
     try:
         from export.checkpoint import export_checkpoint
         from export.lora import Adapter
+        from export.named_lora import NamedLora
         from export.onnx import ExportError
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
@@ -50,6 +58,7 @@ def export(
                     progress=lambda said: status.update(plain(said)),
                     verify=verify,
                     adapters=[Adapter.parse(text) for text in lora or ()],
+                    loras=NamedLora.parse(named_lora or ()),
                 )
             except ExportError as error:
                 fail(str(error), BAD_INPUT)
@@ -119,7 +128,7 @@ def export_tensorrt(
 def measure(
     bundle: Annotated[Path, typer.Argument(help="A bundle's directory; its manifest is written anew.")],
     threads: Annotated[int, typer.Option(min=1, help="Threads for an engine call, as the service will have.")] = 1,
-    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+    provider: Annotated[str, typer.Option(help="As in the configuration.")] = "CPUExecutionProvider",
 ) -> None:
     """Measure what a bundle's graphs take on this machine, and keep that in the bundle.
 

@@ -20,6 +20,7 @@ from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.keeper import Keeper
 from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
+from serving.jobs.video import BATCH
 from serving.logs import about
 from serving.media.fmp4 import remux_to_mp4
 from serving.media.frames import read_all
@@ -27,7 +28,7 @@ from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
-from serving.pipeline.stages import Decoder, Denoiser, Fragment, FrameEncoder, StepDone, TextEncoder, VideoSpec
+from serving.pipeline.stages import Decoder, Fragment, FrameEncoder, Steerable, StepDone, TextEncoder, VideoSpec
 from serving.tracing import attempting
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Stages:
     """What makes the videos of one model; `bundle_digest` names its weights."""
 
     text_encoder: TextEncoder
-    denoiser: Denoiser
+    denoiser: Steerable
     decoder: Decoder
     rewriter: Rewriter | None = None
     captioner: Captioner | None = None
@@ -159,6 +160,7 @@ class Attempt:
             keeping=keeper,
             state_every=self._settings.checkpoint_steps,
             shown=writer.trusted,
+            interactive=self._video.priority < BATCH,
         )
 
     async def _source(self) -> NDArray[np.uint8] | None:

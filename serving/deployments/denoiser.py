@@ -17,7 +17,7 @@ from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.scheduler import Limits, TraceLine
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering
 from serving.tracing import Open
 
 _LOOK_SECONDS = 2.0
@@ -59,6 +59,10 @@ class DenoiserDeployment:
                     task.cancel()
                 await asyncio.gather(waiting, orphaned, return_exceptions=True)
                 tracing.end()
+
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """Whether an endless video of this name is here, which then goes on as `steering` says."""
+        return await self._stage.steer(video_id, steering)
 
     async def sessions(self) -> int:
         """How many videos hold memory in this replica."""

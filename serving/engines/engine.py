@@ -47,7 +47,7 @@ class HostArrays:
         return np.zeros(shape, np.float32)
 
     def join(self, arrays: Sequence[Array]) -> Array:
-        return np.concatenate(arrays)
+        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
 HOST = HostArrays()

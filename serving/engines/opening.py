@@ -12,6 +12,7 @@ from models.bundle import Bundle, GraphName
 from models.plans import PLANS, PlanError, RuntimeName, find_plan, gpu_name, graph_digest
 from serving.engines.engine import Engine, EngineError
 from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.openvino import OPENVINO, OPENVINO_BF16, OpenVinoEngine
 
 if TYPE_CHECKING:
     from serving.engines.cuda import Cuda, SharedMemory
@@ -27,8 +28,9 @@ _STATE = ("cache_", "next_cache_", "chunk_cache")
 class Opener:
     """Opens one stage's engines.
 
-    `provider` is one of ONNX Runtime's execution providers, `tensorrt` or `tensorrt_rtx`; `plans` is where those find
-    their plans, and ONNX Runtime's TensorRT keeps its own; by default the bundle's directory `plans`.
+    `provider` is one of ONNX Runtime's execution providers, `openvino` or `openvino_bf16`, `tensorrt` or
+    `tensorrt_rtx`; `plans` is where the last two find their plans, and ONNX Runtime's TensorRT keeps its own; by
+    default the bundle's directory `plans`.
     """
 
     bundle: Bundle
@@ -57,6 +59,13 @@ class Opener:
         return [output.name for output in self.bundle.manifest.graphs[graph].outputs if output.name != "pixels"]
 
     def _onnx(self, graph: GraphName) -> Engine:
+        if self.provider in (OPENVINO, OPENVINO_BF16):
+            return OpenVinoEngine(
+                self.bundle.path_of(graph),
+                threads=self.threads,
+                precision="bf16" if self.provider == OPENVINO_BF16 else "f32",
+                outputs=self._wanted(graph),
+            )
         return OnnxRuntimeEngine(
             self.bundle.path_of(graph),
             threads=self.threads,

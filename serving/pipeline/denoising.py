@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.bundle import Bundle, GraphName, Manifest
@@ -14,22 +14,41 @@ from serving.engines.engine import Engine, EngineError, arrays_of
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
 from serving.metrics import BATCH_ROWS
+from serving.pipeline.endless import EndlessSession
+from serving.pipeline.geometry import first_frame
 from serving.pipeline.pace import Pace, StageState
-from serving.pipeline.scheduler import Entry, Limits, StepScheduler, TraceLine
+from serving.pipeline.scheduler import Due, Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, StepDone
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, Steering, StepDone
 from serving.tracing import Carrier, record
 
 _Event = DenoiseEvent | Exception
 
 
+# A stage away, the viewer's first chunk is still to be decoded and sent: for so long nobody plays anything.
+_START_SECONDS = 0.5
+# So many times its share for a video that somebody may be watching: 2 to this power.
+_INTERACTIVE_PRIORITY = 2
+
+
 @dataclass(slots=True, eq=False)
 class _Place:
-    """A video that holds memory here, and where it hears what happened to it."""
+    """A video that holds memory here, and where it hears what happened to it.
 
+    One that is watched while it is made is played from `plays_at` on: a moment after its first chunk is out.
+    """
+
+    video_id: str
     session: Session
     events: asyncio.Queue[_Event]
-    trace: Carrier = field(default_factory=dict)
+    priority: int
+    watched: bool
+    opened_at: float
+    scheduled_calls: int
+    """Up to which of the session's calls the scheduler knows of."""
+    trace: Carrier
+    running: bool = False
+    plays_at: float | None = None
 
 
 class EngineDenoiser:
@@ -124,6 +143,17 @@ class EngineDenoiser:
         finally:
             self._free.release()
 
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """From its next chunk on an endless video does as `steering` says; False when there is none of this name."""
+        found = False
+        for id, place in self._places.items():
+            if place.video_id == video_id and isinstance(place.session, EndlessSession):
+                found = True
+                place.session.steer(steering)
+                if not place.running:  # else it is looked at after the call
+                    self._schedule(id, place)
+        return found
+
     async def stop(self) -> None:
         """Stop the loop and wait for the call that is running. Videos that are still open raise `EngineError`."""
         if self._loop is not None:
@@ -133,10 +163,38 @@ class EngineDenoiser:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
-        session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
+        opens = open_session if request.steering is None else EndlessSession
+        session = opens(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
         self._opened_tokens += session.rows * session.tokens_per_row * (session.calls - session.calls_done)
         id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
+        # Everything a session can say fits, so the loop never waits for a slow reader.
+        events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
+        place = _Place(
+            request.video_id,
+            session,
+            events,
+            priority=_INTERACTIVE_PRIORITY if request.interactive else 0,
+            watched=request.interactive and self._manifest.rollout == "causal",
+            opened_at=time.monotonic(),
+            scheduled_calls=session.calls_done,
+            trace=request.trace,
+        )
+        self._schedule(id, place)
+        self._places[id] = place
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._run(), name="denoiser")
+        return id, events
+
+    def _schedule(self, id: Hashable, place: _Place) -> None:
+        """What the session may do now, once it has done what it was scheduled for: an endless one a chunk at a time."""
+        session = place.session
+        if session.calls_done != place.scheduled_calls or session.calls == session.calls_done:
+            return
+        if place.plays_at is not None:
+            # It may have been paused: nobody can have waited for a chunk that is only now to be begun.
+            begins = first_frame(self._manifest, session.next_chunk[0]) / self._manifest.fps
+            place.plays_at = max(place.plays_at, time.monotonic() - begins)
         self._scheduler.add(
             Entry(
                 id=id,
@@ -144,39 +202,50 @@ class EngineDenoiser:
                 rows=session.rows,
                 tokens_per_row=session.tokens_per_row,
                 steps=session.calls - session.calls_done,
+                priority=place.priority,
+                due=self._due(place),
             )
         )
-        # Everything a session can say fits, so the loop never waits for a slow reader.
-        events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
-        self._places[id] = _Place(session, events, request.trace)
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._run(), name="denoiser")
+        place.scheduled_calls = session.calls
         self._work.set()
-        return id, events
+
+    def _due(self, place: _Place) -> Due | None:
+        """When the next chunk is wanted: the first as soon as may be, each other one when those before are played."""
+        if not place.watched:
+            return None
+        chunk, calls = place.session.next_chunk
+        if place.plays_at is None:
+            return Due(place.opened_at + _START_SECONDS, calls)
+        return Due(place.plays_at + first_frame(self._manifest, chunk) / self._manifest.fps, calls)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            ids = self._scheduler.next_step()
+            ids = self._scheduler.next_step(time.monotonic())
             if not ids:
                 self._work.clear()
                 await self._work.wait()
                 continue
             batch = [self._places[id] for id in ids]
-            tokens = sum(place.session.rows * place.session.tokens_per_row for place in batch)
-            started = loop.time()
+            sessions = [place.session for place in batch]
+            for place in batch:
+                place.running = True
+            rows = sum(session.rows for session in sessions)
+            shape, tokens = _group(sessions[0]), rows * sessions[0].tokens_per_row
+            started = time.monotonic()
             try:
-                chunks = await loop.run_in_executor(self._thread, self._step, [place.session for place in batch])
+                chunks = await loop.run_in_executor(self._thread, self._step, sessions)
             except Exception as error:
                 self._fail(ids, error)
                 continue
-            self._measure(batch, tokens, loop.time() - started)
+            took = time.monotonic() - started
+            self._scheduler.took(shape, rows, tokens, took)
+            self._measure(batch, rows, tokens, took)
             for id, place, finished in zip(ids, batch, chunks, strict=True):
                 self._report(id, place, finished)
 
-    def _measure(self, batch: Sequence[_Place], tokens: int, seconds: float) -> None:
+    def _measure(self, batch: Sequence[_Place], rows: int, tokens: int, seconds: float) -> None:
         self._pace.took(tokens, seconds)
-        rows = sum(place.session.rows for place in batch)
         BATCH_ROWS.observe(rows)
         ended = time.time_ns()
         for place in batch:
@@ -184,12 +253,18 @@ class EngineDenoiser:
             record("step", place.trace, begun, ended, step=place.session.calls_done, batch_rows=rows, tokens=tokens)
 
     def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
-        session = place.session
+        session, place.running = place.session, False
         place.events.put_nowait(StepDone(session.calls_done, session.calls))
         for event in finished:
             place.events.put_nowait(event)
-        if session.calls_done < session.calls:
-            self._scheduler.reshape(id, _group(session), session.tokens_per_row)
+            if place.plays_at is None and isinstance(event, LatentChunk):
+                # A video that goes on elsewhere is in the middle, and is being played there.
+                begins = first_frame(self._manifest, event.index) / self._manifest.fps
+                place.plays_at = time.monotonic() + _START_SECONDS - begins
+        if session.calls_done < place.scheduled_calls:
+            self._scheduler.reshape(id, _group(session), session.tokens_per_row, self._due(place))
+        elif id in self._places:
+            self._schedule(id, place)
 
     def _fail(self, ids: Sequence[Hashable], error: Exception) -> None:
         for id in ids:

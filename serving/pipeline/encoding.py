@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, Manifest
 from serving.engines.engine import Engine
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
-from serving.engines.opening import NATIVE
+from serving.engines.onnx_runtime import CPU
+from serving.engines.opening import NATIVE, Opener
 
 
 class EngineEncoder:
@@ -30,12 +30,9 @@ class EngineEncoder:
         """None when the bundle can't encode. It has no plans: where others have, it is on the CPU."""
         if not bundle.manifest.encodes:
             return None
-        provider = CPU if provider in NATIVE else provider
-        return cls(
-            OnnxRuntimeEngine(bundle.path_of("encoder_first"), threads=threads, provider=provider),
-            OnnxRuntimeEngine(bundle.path_of("encoder_next"), threads=threads, provider=provider),
-            bundle.manifest,
-        )
+        opener = Opener(bundle, threads, CPU if provider in NATIVE else provider)
+        first, following = opener.open("encoder_first", "encoder_next")
+        return cls(first, following, bundle.manifest)
 
     def encode(self, frames: Iterable[NDArray[np.uint8]], max_latent_frames: int) -> NDArray[np.float32]:
         """Normalised latents `[channels, n, height, width]` of frames `[height, width, 3]`.

@@ -86,6 +86,7 @@ async def generate(
     keeping: Keeping | None = None,
     state_every: int = 0,
     shown: int = 0,
+    interactive: bool = True,
 ) -> None:
     """Await `sink` with every fragment once, in order, while later chunks are still being made.
 
@@ -101,6 +102,7 @@ async def generate(
 
     What `keeping` has is not denoised again, and it is given what is; a sampler's state every `state_every` steps. The
     first `shown` fragments are where they belong already: the sink isn't given them, and nothing is encoded for them.
+    An `interactive` video is one that somebody may be watching.
     """
     run = _Generation(
         video_id,
@@ -115,6 +117,7 @@ async def generate(
         keeping or KeepNothing(),
         state_every,
         shown,
+        interactive,
     )
     try:
         await run.to(sink)
@@ -138,6 +141,7 @@ class _Generation:
         keeping: Keeping,
         state_every: int,
         shown: int,
+        interactive: bool,
     ) -> None:
         self._video_id, self._spec = video_id, spec
         self._text_encoder, self._denoiser, self._decoder = text_encoder, denoiser, decoder
@@ -145,6 +149,7 @@ class _Generation:
         self._captioner = captioner
         self._encoder, self._source = encoder, source
         self._keeping, self._state_every, self._shown = keeping, state_every, shown
+        self._interactive = interactive
         self._request: asyncio.Task[DenoiseRequest] | None = None
         self._chunks: list[LatentChunk] = []
         self._decodes: asyncio.Queue[asyncio.Task[Fragment | None] | None] = asyncio.Queue()
@@ -209,7 +214,7 @@ class _Generation:
                 if losses > MAX_REOPENS:
                     raise
                 # Not all at once: a video that takes its denoiser down should not find the others there again.
-                await _pause(losses)
+                await pause(losses)
 
     async def _best(self) -> AsyncGenerator[StepDone | LatentChunk, None]:
         """The steps of all candidates, then the chunks of the best; of equals the first."""
@@ -249,7 +254,14 @@ class _Generation:
         """What to ask the denoiser. The prompt and the source are encoded once, and only if something is to be made."""
         if self._request is None:
             self._request = self._start(self._encode())
-        request = replace(await self._request, begun=begun, state_every=self._state_every, trace=carrier())
+        encoded = await self._request
+        request = replace(
+            encoded,
+            begun=begun,
+            state_every=self._state_every,
+            interactive=self._interactive,
+            trace=carrier(),
+        )
         if self._spec.best_of == 1:
             return request
         spec = replace(self._spec, seed=(self._spec.seed + number) % _SEEDS)
@@ -290,7 +302,7 @@ class _Generation:
                     await self._decoder.replay(self._video_id, self._spec, earlier)
                 return await self._once(chunk)
             except LostSession:
-                await _pause(replay)
+                await pause(replay)
         raise LostSession(f"{self._video_id}: chunk {chunk.index} lost its decoder session {MAX_REPLAYS + 1} times")
 
     async def _once(self, chunk: LatentChunk) -> Fragment | None:
@@ -311,5 +323,6 @@ class _Generation:
             task.exception()  # seen: whoever waits for the task raises it, and after a failure nobody may
 
 
-async def _pause(tries: int) -> None:
+async def pause(tries: int) -> None:
+    """Before the next try, the longer the more there were; not as long for everybody."""
     await asyncio.sleep(_FIRST_PAUSE_SECONDS * 2**tries * random.uniform(0.5, 1.5))

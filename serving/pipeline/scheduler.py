@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from serving.pipeline.costs import CallCosts
+
 _TRACE_LINES = 256
+# However late the streams are, one call in so many goes to whoever is due by its share.
+_FAIR_EVERY = 8
+# Rows of which the second costs so much of the first are worth a call together, even if that makes the first wait.
+_WORTH_JOINING = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +32,19 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """When somebody will want to see what the next `calls` calls of a session make, on the caller's clock."""
+
+    at: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One session as the scheduler sees it. Only sessions with equal `shape` can share a call."""
+    """One session as the scheduler sees it. Only sessions with equal `shape` can share a call.
+
+    Nobody watches one without `due` while it is made.
+    """
 
     id: Hashable
     shape: tuple[Hashable, ...]
@@ -34,6 +52,7 @@ class Entry:
     tokens_per_row: int
     steps: int
     priority: int = 0
+    due: Due | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,13 +79,18 @@ class _Place:
 
 
 class StepScheduler:
-    """Shares the engine fairly between sessions, by work (stride scheduling, Waldspurger & Weihl 1995).
+    """Shares the engine fairly between sessions by work, but for streams that would run dry.
 
-    The session that has had the least work leads the next call; others of its shape that have had least fill it up.
-    Work is counted in tokens, so that a short preview isn't held up by a long video for as many calls as it has steps,
-    and each priority level doubles a session's share. A new session starts level with the one served last: it can
-    neither overtake for work it didn't ask for while away, nor be overtaken for ever. So every session runs again after
-    bounded work.
+    Shares are by stride scheduling (Waldspurger & Weihl 1995): the session that has had the least work leads the next
+    call; others of its shape that have had least fill it up. Work is counted in tokens, so that a short preview isn't
+    held up by a long video for as many calls as it has steps, and each priority level doubles a session's share. A new
+    session starts level with the one served last: it can neither overtake for work it didn't ask for while away, nor be
+    overtaken for ever. So every session runs again after bounded work.
+
+    A session that is `due` so soon that it can't wait for another call goes first, the earliest of them before the
+    others. Whatever else would fit into its call is left out if that made it late, unless rows are cheaper together.
+    What such sessions take is charged to them like all work, and every now and then a call goes by shares alone: they
+    can slow the others down, not stop them.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -75,6 +99,8 @@ class StepScheduler:
         self._level = 0.0
         self._order = 0
         self._steps = 0
+        self._urgent_calls = 0  # since the last one that went by shares
+        self._costs = CallCosts()
         self._trace: deque[TraceLine] = deque(maxlen=_TRACE_LINES)
 
     @property
@@ -104,42 +130,97 @@ class StepScheduler:
         self._order += 1
         self._places[entry.id] = _Place(entry, self._order, entry.steps, self._level)
 
-    def reshape(self, id: Hashable, shape: tuple[Hashable, ...], tokens_per_row: int) -> None:
-        """From its next step on a session is of another shape; harmless when it isn't here.
+    def reshape(self, id: Hashable, shape: tuple[Hashable, ...], tokens_per_row: int, due: Due | None = None) -> None:
+        """From its next step on a session is of another shape, and due at another time; harmless when it isn't here.
 
         It must not have become larger, or no call might hold it.
         """
         if (place := self._places.get(id)) is not None:
-            place.entry = replace(place.entry, shape=shape, tokens_per_row=tokens_per_row)
+            place.entry = replace(place.entry, shape=shape, tokens_per_row=tokens_per_row, due=due)
+
+    def took(self, shape: tuple[Hashable, ...], rows: int, tokens: int, seconds: float) -> None:
+        """A call of this shape, with `tokens` tokens in all its rows, took so long: the next are judged by it."""
+        self._costs.observe(shape, rows, tokens, seconds)
 
     def remove(self, id: Hashable) -> None:
         """Harmless when the session isn't here."""
         if self._places.pop(id, None) is not None:
             self._trace.append(TraceLine(self._steps, "removed", (id,)))
 
-    def next_step(self) -> list[Hashable]:
+    def next_step(self, now: float = -math.inf) -> list[Hashable]:
         """The sessions that run one step now, all of one shape; empty when there are none.
 
-        Each is charged for the step; one whose last step this is leaves the scheduler.
+        `now` is on the clock of what is `due`. Each session is charged for the step; one whose last step this is leaves
+        the scheduler.
         """
         waiting = sorted(self._places.values(), key=lambda p: (p.used, p.order))
         if not waiting:
             return []
-        leader = waiting[0]
-        self._level = leader.used
-        rows, tokens = self._limits.max_rows, self._limits.max_tokens
-        chosen: list[Hashable] = []
-        for place in waiting:
-            entry = place.entry
-            if entry.shape != leader.entry.shape or entry.rows > rows or entry.tokens > tokens:
-                continue
-            rows -= entry.rows
-            tokens -= entry.tokens
-            chosen.append(entry.id)
+        urgent = self._urgent(waiting, now)
+        if not urgent or self._urgent_calls >= _FAIR_EVERY - 1:
+            self._urgent_calls = 0
+            self._level = waiting[0].used
+            # As many as leave the streams in time; one in any case, whose turn it is.
+            chosen = self._filled(waiting, seconds=min(self._slack(place, now) for place in waiting))
+        else:
+            self._urgent_calls += 1
+            others = [place for place in waiting if place not in urgent]
+            chosen = self._filled([*urgent, *others], seconds=self._spare(urgent, now))
+        for place in chosen:
             self._charge(place)
         self._steps += 1
-        self._trace.append(TraceLine(self._steps, "ran", tuple(chosen)))
+        ids = [place.entry.id for place in chosen]
+        self._trace.append(TraceLine(self._steps, "ran", tuple(ids)))
+        return ids
+
+    def _urgent(self, waiting: Sequence[_Place], now: float) -> list[_Place]:
+        """Those that would be late after any other call, the earliest due first."""
+        due = [place for place in waiting if place.entry.due is not None]
+        if not due:
+            return []
+        # A call can't be interrupted, and the one after it may be another's that is as urgent.
+        longest = 2 * max(self._alone(place) for place in waiting)
+        return sorted(
+            (place for place in due if self._slack(place, now) <= longest),
+            key=lambda place: (place.entry.due.at, place.order) if place.entry.due else (math.inf, 0),
+        )
+
+    def _alone(self, place: _Place) -> float:
+        """Seconds of a call with this session only."""
+        entry = place.entry
+        return self._costs.seconds(entry.shape, entry.rows, entry.tokens)
+
+    def _slack(self, place: _Place, now: float) -> float:
+        """How many seconds a session can wait and still be in time."""
+        due = place.entry.due
+        return math.inf if due is None else due.at - now - due.calls * self._alone(place)
+
+    def _spare(self, urgent: Sequence[_Place], now: float) -> float:
+        """How long the next call may take and leave all of them in time: the first runs in it, the others after it."""
+        leader = self._slack(urgent[0], now) + self._alone(urgent[0])
+        return min([leader, *(self._slack(place, now) for place in urgent[1:])])
+
+    def _filled(self, order: Sequence[_Place], seconds: float = math.inf) -> list[_Place]:
+        """The first, and of the others in this order those that fit beside it and into so many seconds."""
+        shape = order[0].entry.shape
+        rows = tokens = 0
+        chosen: list[_Place] = []
+        for place in self._of_shape(order, shape):
+            entry = place.entry
+            if rows + entry.rows > self._limits.max_rows or tokens + entry.tokens > self._limits.max_tokens:
+                continue
+            if chosen and math.isfinite(seconds):
+                before = self._costs.seconds(shape, rows, tokens)
+                after = self._costs.seconds(shape, rows + entry.rows, tokens + entry.tokens)
+                if after > seconds and after - before > _WORTH_JOINING * self._alone(place):
+                    continue
+            rows += entry.rows
+            tokens += entry.tokens
+            chosen.append(place)
         return chosen
+
+    def _of_shape(self, order: Iterable[_Place], shape: tuple[Hashable, ...]) -> Iterable[_Place]:
+        return (place for place in order if place.entry.shape == shape)
 
     def _charge(self, place: _Place) -> None:
         place.used += place.entry.tokens / 2.0**place.entry.priority

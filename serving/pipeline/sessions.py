@@ -54,6 +54,7 @@ class Session(ABC):
         skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
+        self._lora_scales = _scales_of(manifest, request)
         self._texts = [request.conditional.hidden_states]
         if spec.guidance_scale > 1:
             if request.unconditional is None:
@@ -81,6 +82,11 @@ class Session(ABC):
         """How many engine calls the video takes from its beginning."""
 
     @property
+    @abstractmethod
+    def next_chunk(self) -> tuple[int, int]:
+        """The chunk that comes out next, and how many calls from now."""
+
+    @property
     def graph(self) -> GraphName:
         """Which denoiser the next call is for: a model may have another for little noise."""
         return "denoiser"
@@ -93,6 +99,12 @@ class Session(ABC):
     @abstractmethod
     def feeds(self) -> dict[str, Array]:
         """The next call's inputs, each `[rows, …]`."""
+
+    def _loras(self) -> dict[str, Array]:
+        """How much of each LoRA the rows get, if the next call's graph takes that."""
+        if self._manifest.shape_of(self.graph, "lora_scales") is None:
+            return {}
+        return {"lora_scales": np.repeat(self._lora_scales, self.rows, axis=0)}
 
     @abstractmethod
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
@@ -130,6 +142,10 @@ class BidirectionalSession(Session):
         return self._table.steps
 
     @property
+    def next_chunk(self) -> tuple[int, int]:
+        return 0, self.calls - self.calls_done
+
+    @property
     def graph(self) -> GraphName:
         return "denoiser" if self._table.timesteps[self.calls_done] >= self._boundary else "denoiser_2"
 
@@ -142,6 +158,7 @@ class BidirectionalSession(Session):
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": self._timesteps(),
             "encoder_hidden_states": self._text,
+            **self._loras(),
         }
 
     def _timesteps(self) -> Floats:
@@ -203,6 +220,12 @@ class CausalSession(Session):
         return self._given + (self.chunks - self._given) * (self._table.steps + 1) - 1
 
     @property
+    def next_chunk(self) -> tuple[int, int]:
+        left = self._table.steps - self._step
+        # After the last step comes the pass that moves the cache on, and then another chunk.
+        return (self._chunk, left) if left else (self._chunk + 1, 1 + self._table.steps)
+
+    @property
     def _given(self) -> int:
         """Chunks that are nothing but what the video begins from."""
         return self._source.frames // self._chunk_frames
@@ -221,6 +244,7 @@ class CausalSession(Session):
             "encoder_hidden_states": self._text,
             "cache": self._cache,
             "write_index": np.full(self.rows, self._chunk, np.int64),
+            **self._loras(),
         }
 
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
@@ -238,14 +262,18 @@ class CausalSession(Session):
         return [self._shown()]
 
     def _shown(self) -> LatentChunk:
-        return LatentChunk(self._chunk, self._state[0].copy(), last=self._chunk == self.chunks - 1)
+        return LatentChunk(self._number(self._chunk), self._state[0].copy(), last=self._chunk == self.chunks - 1)
+
+    def _number(self, chunk: int) -> int:
+        """Of the video's chunks, which one is the session's `chunk`."""
+        return chunk
 
     def _begin_chunk(self, chunk: int) -> None:
         self._chunk = chunk
         if chunk in self._scenes:
             self._texts[0] = self._scenes[chunk]
         self._text = np.stack(self._texts)
-        self._noise = _Noise(self._seed, chunk)
+        self._noise = _Noise(self._seed, self._number(chunk))
         noise = self._noise.draw(self.shape)
         self._held = self._source.within(chunk * self._chunk_frames, noise)
         self._state = self._held.begin(self._table, noise)
@@ -334,6 +362,14 @@ class _Held:
         if self._kept is not None:
             level = np.float32(0 if self._clean else sigma)
             state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
+
+
+def _scales_of(manifest: Manifest, request: DenoiseRequest) -> Floats:
+    """`[1, loras]`. Raises `ValueError` for one that the bundle hasn't: it was another one when that was asked for."""
+    wanted, names = dict(request.spec.lora), [lora.name for lora in manifest.loras]
+    if missing := wanted.keys() - set(names):
+        raise ValueError(f"{request.video_id}: {manifest.name} has no LoRA {min(missing)!r}")
+    return np.array([[wanted.get(name, 0.0) for name in names]], np.float32)
 
 
 def skipped_steps(steps: int, strength: float) -> int:

@@ -25,6 +25,8 @@ class VideoSpec:
     they are the video's own first frames (a picture's is one; an extension's are a whole video's). With one they are a
     draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
     `source_video_id` says of which video it is, if it is one of this service.
+
+    `lora` are pairs of the name of one of the bundle's LoRAs and how much of it is wanted.
     """
 
     prompt: str
@@ -44,6 +46,7 @@ class VideoSpec:
     source_frames: int = 0
     strength: float | None = None
     source_video_id: str | None = None
+    lora: tuple[tuple[str, float], ...] = ()
 
     @property
     def rendered_prompt(self) -> str:
@@ -59,6 +62,18 @@ class TextEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Steering:
+    """What an endless video may do next: begin its chunks up to but without `chunks`, under the prompt `text`.
+
+    `number` counts the prompts, from 0; None for `text` means that it is as before.
+    """
+
+    chunks: int
+    number: int = 0
+    text: TextEmbedding | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DenoiseRequest:
     """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`.
 
@@ -67,7 +82,12 @@ class DenoiseRequest:
     width]`.
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
-    bidirectional video reports its sampler's state; 0 means never. `trace` is what its steps' spans are below.
+    bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
+    chunks are wanted by the time that they are played, and its share of the engine is larger. `trace` is what its
+    steps' spans are below.
+
+    With `steering` a causal video has no end: `spec.frames` says nothing, and `Steerable.steer` says how it goes on.
+    `begun` is then what is left to remember of `chunks_before`: the context's sinks, and the last chunks.
     """
 
     video_id: str
@@ -78,6 +98,9 @@ class DenoiseRequest:
     source: NDArray[np.float32] | None = None
     begun: Checkpoint = NOTHING
     state_every: int = 0
+    interactive: bool = True
+    steering: Steering | None = None
+    chunks_before: int = 0
     trace: Carrier = field(default_factory=dict)
 
 
@@ -91,11 +114,17 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class LatentChunk:
-    """Denoised normalised latents float32 `[channels, frames, height, width]`; `index` counts chunks from 0."""
+    """Denoised normalised latents float32 `[channels, frames, height, width]`; `index` counts chunks from 0.
+
+    `prompt` is the number of the prompt that it was denoised under. One that `opens` begins a decoder's session though
+    it isn't the first: what came before it is forgotten.
+    """
 
     index: int
     latents: NDArray[np.float32]
     last: bool
+    prompt: int = 0
+    opens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +168,21 @@ class Denoiser(Protocol):
         """
 
 
+class Steerable(Denoiser, Protocol):
+    """A denoiser whose endless videos can be steered while they are made."""
+
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """From the next chunk on. False when nobody has such a video (any more)."""
+
+
 class Decoder(Protocol):
     """Sessions are sticky: the chunks of one video come in order, and the causal cache stays with the session."""
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        """Chunk 0 opens the session, the last chunk closes it. Raises `LostSession` if chunk n - 1 wasn't seen here."""
+        """Chunk 0, or one that `opens`, begins the session, the last chunk closes it.
+
+        Raises `LostSession` if chunk n - 1 wasn't seen here.
+        """
 
     async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
         """As `decode`, for a chunk whose fragment is there already: only the cache moves on."""

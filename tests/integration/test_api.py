@@ -183,6 +183,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "guidance_scale": 2.0,
         "best_of": 1,
         "scene_prompts": [],
+        "lora": [],
     }
     assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
     assert service.wakes == 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.pipeline.scheduler import Entry, Limits, StepScheduler
+from serving.pipeline.scheduler import Due, Entry, Limits, StepScheduler
 
 # Examples are the same in every run, and a busy machine fails none of them.
 steady = settings(deadline=None, derandomize=True)
@@ -172,3 +173,137 @@ def test_a_session_that_became_smaller_shares_calls_with_its_new_shape() -> None
     assert not scheduler.next_step()
     scheduler.reshape("a", SHAPES[1], TOKENS[SHAPES[1]])
     assert len(scheduler) == 0
+
+
+@dataclass
+class Stream:
+    """A viewer of one video, whose next chunk is always due `period` after the one before; it takes `calls` calls."""
+
+    id: Hashable
+    entry: Entry
+    period: float
+    calls: int
+    next_due: float
+    left: int = 0
+    late: int = 0
+
+    def __post_init__(self) -> None:
+        self.left = self.calls
+
+    @property
+    def due(self) -> Due:
+        return Due(self.next_due, self.left)
+
+    def ran(self, now: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.late += now > self.next_due + 1e-9
+            self.next_due += self.period
+            self.left = self.calls
+
+
+def play(streams: list[Stream], batch: list[Entry], until: float, *, per_call: float = 0.0) -> tuple[float, int]:
+    """Run an engine that takes a second for each thousand tokens and `per_call` for a call; the time that the batch
+    had, and how many calls it was in."""
+    scheduler, now, batched, calls = StepScheduler(Limits(max_rows=8, max_tokens=10_000)), 0.0, 0.0, 0
+    by_id = {stream.id: stream for stream in streams}
+    entries = {entry.id: entry for entry in batch} | {stream.id: stream.entry for stream in streams}
+    # What calls take is known from earlier ones.
+    for e in entries.values():
+        scheduler.took(e.shape, e.rows, e.tokens, per_call + e.tokens / 1000)
+        scheduler.add(replace(e, due=by_id[e.id].due) if e.id in by_id else e)
+    while now < until:
+        ids = scheduler.next_step(now)
+        called = [entries[id] for id in ids]
+        tokens = sum(e.tokens for e in called)
+        seconds = per_call + tokens / 1000
+        scheduler.took(called[0].shape, sum(e.rows for e in called), tokens, seconds)
+        now += seconds
+        if any(id not in by_id for id in ids):
+            batched, calls = batched + seconds, calls + 1
+        for id in ids:
+            if id in by_id:
+                by_id[id].ran(now)
+                entry = entries[id]
+                scheduler.reshape(id, entry.shape, entry.tokens_per_row, by_id[id].due)
+    return batched, calls
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> tuple[list[Stream], list[Entry]]:
+    """Streams that take at most 70 % of the engine, and batch jobs of any shape, of calls that are short beside a
+    chunk's time."""
+    streams, share = [], 0.0
+    for number in range(draw(st.integers(1, 5))):
+        calls, rows = draw(st.integers(1, 5)), draw(st.integers(1, 2))
+        work = calls * rows * TOKENS[SHAPES[1]] / 1000
+        period = work / draw(st.floats(0.05, 0.7))
+        if period < 2.5 or share + work / period > 0.7:
+            continue
+        share += work / period
+        e = replace(entry(("stream", number), rows=rows, steps=10**6), priority=2)
+        streams.append(Stream(e.id, e, period, calls, next_due=period))
+    batch = [
+        replace(entry(("batch", number), shape=shape, rows=2, steps=10**6), priority=0)
+        for number, shape in enumerate(draw(st.lists(st.sampled_from(SHAPES), max_size=4)))
+    ]
+    return streams, batch
+
+
+@steady
+@given(loads())
+def test_streams_are_in_time_whenever_they_can_be(load: tuple[list[Stream], list[Entry]]) -> None:
+    streams, batch = load
+    if streams or batch:
+        play(streams, batch, until=30.0)
+    assert [stream.late for stream in streams] == [0] * len(streams)
+
+
+@steady
+@given(st.integers(1, 6))
+def test_streams_that_are_too_many_do_not_stop_the_rest(count: int) -> None:
+    streams = []
+    for number in range(count):
+        e = replace(entry(("stream", number), rows=2, steps=10**6), priority=2)
+        streams.append(Stream(e.id, e, period=0.05, calls=1, next_due=0.05))
+    batch = replace(entry("batch", shape=SHAPES[2], rows=1, steps=10**6), priority=0)
+    _, calls = play(streams, [batch], until=15.0)
+    assert calls >= 3
+
+
+def test_a_batch_gets_all_that_a_stream_leaves() -> None:
+    e = replace(entry("stream", rows=2, steps=10**6), priority=2)
+    stream = Stream(e.id, e, period=1.0, calls=4, next_due=1.0)  # 0.288 s of work a second
+    batch = replace(entry("batch", shape=SHAPES[2], rows=1, steps=10**6), priority=0)
+    batched, _ = play([stream], [batch], until=100.0)
+    assert stream.late == 0
+    # Beside a stream that keeps ahead of its viewer by its larger share, not only by what is due.
+    assert batched >= 20
+
+
+def test_a_stream_in_a_hurry_takes_nobody_along_who_would_make_it_late() -> None:
+    scheduler = StepScheduler(LIMITS)
+    scheduler.took(SHAPES[1], 1, 36, 0.1)
+    scheduler.took(SHAPES[1], 2, 72, 0.2)
+    scheduler.add(replace(entry("stream", rows=1, steps=9), due=Due(10.25, 2)))
+    scheduler.add(entry("batch", rows=1, steps=9))
+    assert scheduler.next_step(now=10.0) == ["stream"]
+
+
+def test_rows_that_are_cheaper_together_go_together() -> None:
+    scheduler = StepScheduler(LIMITS)
+    scheduler.took(SHAPES[1], 1, 36, 0.1)
+    scheduler.took(SHAPES[1], 2, 72, 0.11)
+    scheduler.add(replace(entry("stream", rows=1, steps=9), due=Due(10.2, 2)))
+    scheduler.add(entry("batch", rows=1, steps=9))
+    assert scheduler.next_step(now=10.0) == ["stream", "batch"]
+
+
+def test_the_earliest_due_of_two_goes_first() -> None:
+    scheduler = StepScheduler(Limits(max_rows=2, max_tokens=400))
+    scheduler.took(SHAPES[1], 2, 72, 0.1)
+    scheduler.add(replace(entry("later", rows=2, steps=9), due=Due(10.3, 1)))
+    scheduler.add(replace(entry("sooner", rows=2, steps=9), due=Due(10.2, 1)))
+    assert [scheduler.next_step(now=10.0), scheduler.next_step(now=10.1)] == [["sooner"], ["sooner"]]
+    scheduler.reshape("sooner", SHAPES[1], 36, Due(11.2, 1))
+    assert scheduler.next_step(now=10.2) == ["later"]
