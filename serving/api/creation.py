@@ -90,6 +90,7 @@ def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
             rewrite_by_default=catalog.rewriter.by_default,
             scene_prompts=body.scene_prompts,
             lora=body.lora,
+            codec=body.codec,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

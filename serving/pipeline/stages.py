@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
+from serving.media.fmp4 import Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class VideoSpec:
     strength: float | None = None
     source_video_id: str | None = None
     lora: tuple[tuple[str, float], ...] = ()
+    codec: Codec = "h264"
 
     @property
     def rendered_prompt(self) -> str:
