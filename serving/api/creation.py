@@ -70,6 +70,8 @@ def new_video(
             can_rewrite=catalog.rewriter.serves(manifest),
             rewrite_by_default=catalog.rewriter.by_default,
             scene_prompts=body.scene_prompts,
+            guidance_interval=body.guidance_interval,
+            cache=body.cache,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

@@ -124,6 +124,8 @@ def references_router(
             guidance_scale=request["guidance_scale"],
             rewrite_prompt=body.rewrite_prompt,
             best_of=request.get("best_of", 1),
+            guidance_interval=request.get("guidance_interval"),
+            cache=request.get("cache"),
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest

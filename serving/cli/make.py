@@ -37,6 +37,9 @@ def generate(
         typer.Option("--rewrite/--no-rewrite", help="Make a detailed prompt of a loose one; on if the model can."),
     ] = None,
     best_of: Annotated[int | None, typer.Option(help="Make so many and keep the one nearest to the prompt.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="fast or faster: ask the model in fewer of the steps, at some cost in quality.")
+    ] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -63,6 +66,7 @@ def generate(
             rewrite_prompt=rewrite,
             best_of=best_of,
             scene_prompts=[_scene(text) for text in scene or ()],
+            cache=cache,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)

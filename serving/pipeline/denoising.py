@@ -137,18 +137,24 @@ class EngineDenoiser:
             Entry(
                 id=id,
                 shape=_group(session),
-                rows=session.rows,
+                rows=session.most_rows,
                 tokens_per_row=session.tokens_per_row,
                 steps=session.calls - session.calls_done,
                 priority=_INTERACTIVE_PRIORITY if request.interactive else 0,
-                due=self._due(place),
             )
         )
+        self._reshape(id, place)
         self._places[id] = place
         if self._loop is None:
             self._loop = asyncio.create_task(self._run(), name="denoiser")
         self._work.set()
         return id, events
+
+    def _reshape(self, id: Hashable, place: _Place) -> None:
+        """Tell the scheduler what the session's next call is like."""
+        session = place.session
+        shape, tokens = _group(session), session.tokens_per_row
+        self._scheduler.reshape(id, shape, tokens, rows=session.rows, due=self._due(place))
 
     def _due(self, place: _Place) -> Due | None:
         """When the next chunk is wanted: the first as soon as may be, each other one when those before are played."""
@@ -191,7 +197,7 @@ class EngineDenoiser:
                 begins = first_frame(self._manifest, event.index) / self._manifest.fps
                 place.plays_at = time.monotonic() + _START_SECONDS - begins
         if session.calls_done < session.calls:
-            self._scheduler.reshape(id, _group(session), session.tokens_per_row, self._due(place))
+            self._reshape(id, place)
 
     def _fail(self, ids: Sequence[Hashable], error: Exception) -> None:
         for id in ids:
@@ -210,7 +216,7 @@ class EngineDenoiser:
         for session in batch:
             rows = slice(row, row + session.rows)
             finished.append(session.take({name: output[rows] for name, output in outputs.items()}))
-            row += session.rows
+            row = rows.stop
         return finished
 
 

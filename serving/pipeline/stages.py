@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
+from serving.pipeline.shortcuts import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class VideoSpec:
     they are the video's own first frames (a picture's is one; an extension's are a whole video's). With one they are a
     draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
     `source_video_id` says of which video it is, if it is one of this service.
+
+    Only the steps within `guidance_interval`, as shares of the way, are guided; `cache` says how many of them ask the
+    model (see `shortcuts`).
     """
 
     prompt: str
@@ -43,6 +47,8 @@ class VideoSpec:
     source_frames: int = 0
     strength: float | None = None
     source_video_id: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache: Cache = "off"
 
     @property
     def rendered_prompt(self) -> str:
