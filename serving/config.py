@@ -171,6 +171,21 @@ class ApiConfig(_Strict):
     )
 
 
+class RealtimeConfig(_Strict):
+    """Interactive sessions: `/v1/realtime`, for causal models."""
+
+    max_sessions: NonNegativeInt = Field(
+        default=4, description="Sessions at a time on one replica of the API; 0 means none."
+    )
+    idle_seconds: PositiveFloat = Field(
+        default=60.0, description="A session whose client hasn't said or acknowledged anything for so long ends."
+    )
+    max_seconds: PositiveFloat = Field(default=3600.0, description="How long a session may last.")
+    buffer_seconds: PositiveFloat = Field(
+        default=2.0, description="How far ahead of playback a session is made: what a new prompt takes to be seen."
+    )
+
+
 class WebhookConfig(_Strict):
     """Whom the service calls when a video or a batch has ended: the `webhook_url` of the request."""
 
@@ -228,6 +243,7 @@ class ServiceConfig(_Strict):
         description="Whether requests need an API key (`rushes keys create`); when it is left out, they do unless "
         "`host` is a loopback address.",
     )
+    realtime: RealtimeConfig = Field(default=RealtimeConfig(), description="Interactive sessions.")
     webhooks: WebhookConfig = Field(default_factory=WebhookConfig, description="Whom the service calls.")
     lease_seconds: PositiveFloat = Field(
         default=30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."

@@ -19,6 +19,7 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
+from serving.config import RealtimeConfig
 from serving.deployments.attempt import AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
 from serving.deployments.courier import Courier
@@ -139,6 +140,7 @@ class WholeService:
         self.pipeline = pipeline
         self.bundle = bundle
         self.runner: Runner | None = None
+        self.realtime = RealtimeConfig()
 
     def new_runner(self) -> Runner:
         settings = AttemptSettings(lease_seconds=30, max_attempts=2)
@@ -153,7 +155,15 @@ class WholeService:
             runner.wake() if video_id is None else runner.tell(video_id)
 
         bundles, aliases = {"tiny": self.bundle}, {"sora-2": "tiny"}
-        api = create_api(self.storage, bundles, wake, aliases=aliases, webhooks=self.webhooks)
+        api = create_api(
+            self.storage,
+            bundles,
+            wake,
+            aliases=aliases,
+            webhooks=self.webhooks,
+            stages={"tiny": Stages(**self.stages)},
+            realtime=self.realtime,
+        )
         batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
         loops = [runner.run(), batches.run(poll_seconds=0.05)]
         if self.webhook_secret is not None:

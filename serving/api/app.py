@@ -23,12 +23,14 @@ from serving.api.load import AskStages, load_router, no_stages
 from serving.api.models import Catalog, models_router
 from serving.api.playground import playground_router
 from serving.api.queueing import TAKE_FILES, VideoQueue, Wake
+from serving.api.realtime import realtime_router
 from serving.api.references import references_router
 from serving.api.streams import streams_router
 from serving.api.videos import videos_router
-from serving.config import RewriterConfig
+from serving.config import RealtimeConfig, RewriterConfig
 from serving.jobs.estimates import Estimates
 from serving.jobs.storage import Storage
+from serving.pipeline.interactive import LiveStages
 
 
 def create_api(
@@ -44,18 +46,22 @@ def create_api(
     rewriter: RewriterConfig | None = None,
     references: ReferencePolicy = DEFAULT_REFERENCES,
     ask_stages: AskStages = no_stages,
+    stages: Mapping[str, LiveStages] | None = None,
+    realtime: RealtimeConfig | None = None,
 ) -> FastAPI:
     """Everything under `/v1`, `/health`, and the page at `/`.
 
     `wake` tells the runners that there is a new video in the store, or one to stop; `aliases` are other names for
     models; `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
+    `stages` are what interactive sessions are made by, for each model that is to have them.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, larger={FILES_PATH: max_file_bytes, **with_files})
     install_error_handlers(app)
     catalog = Catalog(bundles, aliases or {}, rewriter or RewriterConfig())
-    gate = [Depends(Gate(storage.keys if require_keys else None))]
+    keys = Gate(storage.keys if require_keys else None)
+    gate = [Depends(keys)]
     beginnings = Beginnings(storage, references)
     estimates = Estimates(storage.database, priced=catalog.priced)
     queue = VideoQueue(storage, wake, beginnings, estimates)
@@ -72,6 +78,7 @@ def create_api(
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
 
+    app.include_router(realtime_router(keys, catalog, stages or {}, realtime or RealtimeConfig()))
     app.include_router(load_router(estimates, ask_stages), dependencies=gate, responses=ERRORS)
     app.include_router(playground_router())
 

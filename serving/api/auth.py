@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.requests import HTTPConnection
 
 from serving.api.errors import ApiError
 from serving.jobs.keys import KeyStore
@@ -16,20 +17,23 @@ class Gate:
     def __init__(self, keys: KeyStore | None) -> None:
         self._keys = keys
 
-    async def __call__(self, request: Request) -> None:
+    async def __call__(self, request: HTTPConnection) -> None:
         """Raises `ApiError` (401)."""
-        request.state.owner = None
-        if self._keys is None:
-            return
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
+        request.state.owner = await self.owner_of(secret.strip() if scheme.lower() == "bearer" else "")
+
+    async def owner_of(self, secret: str) -> str | None:
+        """The id of the key, None where none is required. Raises `ApiError` (401)."""
+        if self._keys is None:
+            return None
+        if not secret:
             message = "An API key is needed: send it as `Authorization: Bearer KEY`."
             raise ApiError(401, message, code="missing_api_key", headers={"WWW-Authenticate": "Bearer"})
-        key = await self._keys.find(secret.strip())
+        key = await self._keys.find(secret)
         if key is None:
             message = "This API key is not known, or was revoked."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        request.state.owner = key.id
+        return key.id
 
 
 def _owner(request: Request) -> str | None:

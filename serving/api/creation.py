@@ -15,6 +15,7 @@ from serving.jobs.targets import BadTarget, check_url
 from serving.jobs.video import INTERACTIVE
 from serving.pipeline.pricing import work_of
 from serving.pipeline.request import InvalidRequest, make_spec
+from serving.pipeline.stages import VideoSpec
 
 _MAX_KEY_CHARACTERS = 255
 
@@ -55,8 +56,26 @@ def new_video(
 ) -> Video:
     """Raises `ApiError`, which names the parameter; nothing is written before everything is checked."""
     model, manifest = catalog.resolve(body.model)
+    spec = new_spec(body, catalog)
+    return Video(
+        id=new_video_id(),
+        model=model,
+        prompt=spec.prompt,
+        seconds=str((spec.frames - 1) // manifest.fps),
+        size=f"{spec.width}x{spec.height}",
+        request=asdict(spec),
+        owner=owner,
+        priority=priority,
+        work=work_of(manifest, spec),
+        webhook_url=webhooks.checked(body.webhook_url),
+    )
+
+
+def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
+    """All that determines the frames, with every default filled in. Raises `ApiError`."""
+    _, manifest = catalog.resolve(body.model)
     try:
-        spec = make_spec(
+        return make_spec(
             manifest,
             body.prompt,
             seconds=body.seconds,
@@ -72,21 +91,10 @@ def new_video(
             scene_prompts=body.scene_prompts,
             guidance_interval=body.guidance_interval,
             cache=body.cache,
+            lora=body.lora,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None
-    return Video(
-        id=new_video_id(),
-        model=model,
-        prompt=spec.prompt,
-        seconds=str((spec.frames - 1) // manifest.fps),
-        size=f"{spec.width}x{spec.height}",
-        request=asdict(spec),
-        owner=owner,
-        priority=priority,
-        work=work_of(manifest, spec),
-        webhook_url=webhooks.checked(body.webhook_url),
-    )
 
 
 def idempotency(key: str | None, body: BaseModel, source: str = "") -> Idempotency | None:

@@ -126,6 +126,9 @@ def references_router(
             best_of=request.get("best_of", 1),
             guidance_interval=request.get("guidance_interval"),
             cache=request.get("cache"),
+            lora=[{"name": name, "scale": scale} for name, scale in request.get("lora", ())]
+            if body.lora is None
+            else body.lora,
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest
@@ -139,6 +142,7 @@ def references_router(
             size=body.size,
             seed=body.seed,
             rewrite_prompt=body.rewrite_prompt,
+            lora=body.lora,
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest

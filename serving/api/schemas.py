@@ -65,6 +65,10 @@ class CreateVideoRequest(BaseModel):
         default=None,
         description="Other prompts from a time on, as objects with `start_seconds` and `prompt`; causal models only.",
     )
+    lora: str | dict[str, Any] | list[Any] | None = Field(
+        default=None,
+        description="The model's LoRAs to use: a name, an object with `name` and `scale` (1 if left out), or a list.",
+    )
     webhook_url: str | None = Field(
         default=None, description="What to call when the video has ended, with a signed event."
     )
@@ -95,6 +99,9 @@ class RemixVideoRequest(BaseModel):
         default=None, description="The video's own when it is left out; random for an upload."
     )
     rewrite_prompt: bool | None = Field(default=None, description="As in `POST /v1/videos`.")
+    lora: str | dict[str, Any] | list[Any] | None = Field(
+        default=None, description="As in `POST /v1/videos`; the video's own when it is left out."
+    )
     webhook_url: str | None = Field(default=None, description="As in `POST /v1/videos`.")
     stream: bool = Field(default=False, description="As in `POST /v1/videos`.")
 
@@ -167,6 +174,11 @@ class ScenePrompt(BaseModel):
     prompt: str
 
 
+class LoraScale(BaseModel):
+    name: str
+    scale: float
+
+
 class VideoObject(BaseModel):
     """OpenAI's video object, every key always there, and what it takes to make the same video again."""
 
@@ -192,6 +204,7 @@ class VideoObject(BaseModel):
     guidance_interval: tuple[float, float]
     cache: str
     scene_prompts: list[ScenePrompt]
+    lora: list[LoraScale]
     estimated_seconds_left: float | None = Field(
         default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
     )
@@ -223,6 +236,7 @@ def video_object(video: Video, *, estimated_seconds_left: float | None = None) -
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
+        lora=[LoraScale(name=name, scale=scale) for name, scale in video.request.get("lora", ())],
         estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 
@@ -262,7 +276,9 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "rushes"
+    realtime: bool = Field(description="Whether there may be interactive sessions on it, at `/v1/realtime`.")
     limits: ModelLimits
+    loras: list[str] = Field(description="What `lora` may name.")
 
 
 class ModelList(BaseModel):
@@ -276,6 +292,7 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
     return ModelObject(
         id=name,
         created=created,
+        realtime=manifest.rollout == "causal",
         limits=ModelLimits(
             fps=manifest.fps,
             default_size=f"{width}x{height}",
@@ -289,6 +306,7 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
             default_guidance_scale=manifest.sampler.guidance_scale,
             max_prompt_characters=limits.max_prompt_characters,
         ),
+        loras=[lora.name for lora in manifest.loras],
     )
 
 

@@ -18,6 +18,7 @@ from serving.jobs.store import Video, VideoStatus
 
 # The scheme of the event message that ends a failed video.
 ERROR_SCHEME = "urn:rushes:error:2026"
+_PIECE_BYTES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,12 @@ class Watch:
     async def fragment(self, index: int) -> bytes:
         return await asyncio.to_thread(self.log.fragment, index)
 
+    async def pieces(self, index: int) -> AsyncIterator[bytes]:
+        """A fragment's bytes, a little at a time: that much is what a viewer who stops reading takes of the memory."""
+        with await asyncio.to_thread(self.log.opened, index) as file:
+            while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+                yield piece
+
     async def init(self) -> bytes:
         return await asyncio.to_thread(self.log.init)
 
@@ -103,7 +110,8 @@ async def follow_video(watch: Watch, from_fragment: int = 0) -> AsyncIterator[by
                 if not started:
                     yield await watch.init()
                     started = True
-                yield await watch.fragment(entry.index)
+                async for piece in watch.pieces(entry.index):
+                    yield piece
     except LogFailed as failure:
         yield error_box(failure.code, failure.message)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from serving.cli import bundles, clients, make, service
+from serving.cli import bench, bundles, clients, make, service
 
 
 class _Commands(TyperGroup):
@@ -32,6 +32,9 @@ app.add_typer(database, name="db")
 keys = typer.Typer(help="API keys, which requests need where `require_keys` says so.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
+benchmarks = typer.Typer(help="How fast it is: under load, the engines alone, beside diffusers.", no_args_is_help=True)
+app.add_typer(benchmarks, name="bench")
+
 app.command()(make.generate)
 app.command()(make.caption)
 app.command()(service.serve)
@@ -47,6 +50,10 @@ app.command("reload")(service.reload_service)
 app.command("list")(clients.list_videos)
 app.command("export tensorrt")(bundles.export_tensorrt)
 database.command("upgrade")(service.upgrade_database)
+benchmarks.command()(bench.load)
+benchmarks.command()(bench.engines)
+benchmarks.command()(bench.peers)
+benchmarks.command()(bench.report)
 keys.command("create")(service.create_key)
 keys.command("list")(service.list_keys)
 keys.command("revoke")(service.revoke_key)

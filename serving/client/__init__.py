@@ -11,8 +11,21 @@
 """
 
 from serving.client.errors import ApiError, RushesError, Unreachable, VideoFailed
+from serving.client.realtime import AsyncRealtime, LiveChunk, Realtime
 from serving.client.rushes import Rushes
 from serving.client.rushes_async import AsyncRushes
 from serving.client.wire import Chunk, Event
 
-__all__ = ["ApiError", "AsyncRushes", "Chunk", "Event", "Rushes", "RushesError", "Unreachable", "VideoFailed"]
+__all__ = [
+    "ApiError",
+    "AsyncRealtime",
+    "AsyncRushes",
+    "Chunk",
+    "Event",
+    "LiveChunk",
+    "Realtime",
+    "Rushes",
+    "RushesError",
+    "Unreachable",
+    "VideoFailed",
+]

@@ -13,6 +13,7 @@ from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
 from serving.client.patience import DEFAULT_URL, RETRY_SECONDS
+from serving.client.realtime import Realtime
 from serving.client.rushes_async import AsyncRushes, Variant, Video
 from serving.client.wire import Chunk, Event
 
@@ -52,6 +53,9 @@ class Rushes:
 
     def events(self, video_id: str) -> Iterator[Event]:
         return self._each(self._client.events(video_id))
+
+    def realtime(self, prompt: str, **settings: Any) -> Realtime:
+        return Realtime(self._portal, self._client.realtime(prompt, **settings))
 
     def wait(self, video_id: str, on_progress: Callable[[int], None] | None = None) -> Video:
         return self._portal.call(self._client.wait, video_id, on_progress)

@@ -27,6 +27,7 @@ from serving.client.patience import (
     headers,
     without_none,
 )
+from serving.client.realtime import AsyncRealtime
 from serving.client.wire import Chunk, Event, EventReader, FragmentReader
 
 Video = dict[str, Any]
@@ -125,6 +126,15 @@ class AsyncRushes:
                 continue
             except (httpx.TransportError, httpx.StreamError, ApiError) as error:
                 await asyncio.sleep(patience.pause(error))
+
+    def realtime(self, prompt: str, **settings: Any) -> AsyncRealtime:
+        """An endless video on a causal model, steered while it is made; `settings` are its `model`, `size` and so on.
+
+        `async with` it.
+        """
+        url = self._http.base_url.join("v1/realtime")
+        key = {name: value for name, value in self._http.headers.items() if name == "authorization"}
+        return AsyncRealtime(url, key, {"prompt": prompt, **without_none(settings)})
 
     async def wait(self, video_id: str, on_progress: Callable[[int], None] | None = None) -> Video:
         """Until it is completed; `on_progress` hears of every per cent. Raises `VideoFailed`."""

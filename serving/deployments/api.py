@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from itertools import product
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.load import StageLoad
 from serving.config import ServiceConfig
-from serving.deployments.remote import StageName, stage_name
+from serving.deployments.remote import StageHandles, StageName, remote_stages, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
 _log = logging.getLogger(__name__)
@@ -25,16 +26,17 @@ _log = logging.getLogger(__name__)
 class ApiDeployment:
     """One replica of the API. It keeps nothing: any replica answers any request."""
 
-    def __init__(self, config: ServiceConfig, runner: Any) -> None:
-        self._config = config
+    def __init__(self, config: ServiceConfig, runner: Any, handles: Mapping[str, StageHandles]) -> None:
+        self._config, self._handles = config, handles
         self._runner = runner
         self._wakes: set[asyncio.Task[None]] = set()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
+        bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         return create_api(
             open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS),
-            {name: Bundle.load(path) for name, path in config.models.items()},
+            bundles,
             self._wake,
             aliases=config.model_aliases,
             webhooks=webhook_policy(config),
@@ -44,6 +46,8 @@ class ApiDeployment:
             rewriter=config.text_encoder.rewriter,
             references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
             ask_stages=self._stages,
+            stages={name: remote_stages(handles, bundles[name].digest) for name, handles in self._handles.items()},
+            realtime=config.realtime,
         )
 
     async def _stages(self) -> list[StageLoad]:

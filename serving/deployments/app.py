@@ -39,7 +39,7 @@ def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Applic
         config = parse_config(config or {})
     config = config.resolved()
     stages = {name: _stages(name, bundle, config) for name, bundle in checked(config).items()}
-    return build_api(config, build_runner(config, stages))
+    return build_api(config, build_runner(config, stages), stages)
 
 
 def build_model(name: str, bundle: Bundle, config: ServiceConfig) -> Application:
@@ -71,8 +71,8 @@ def build_runner(config: ServiceConfig, stages: Mapping[str, StageHandles]) -> A
     return application
 
 
-def build_api(config: ServiceConfig, runner: Any) -> Application:
-    """The API, in front of a runner that is bound with it or runs already."""
+def build_api(config: ServiceConfig, runner: Any, stages: Mapping[str, StageHandles]) -> Application:
+    """The API, in front of a runner and stages that are bound with it or run already."""
     application: Application = _deployment(
         serve.ingress()(ApiDeployment),
         "api",
@@ -80,7 +80,7 @@ def build_api(config: ServiceConfig, runner: Any) -> Application:
         num_replicas=config.api.replicas,
         max_ongoing_requests=config.api.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.api.num_cpus},
-    ).bind(config, runner)
+    ).bind(config, runner, stages)
     return application
 
 

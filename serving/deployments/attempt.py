@@ -26,7 +26,7 @@ from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
-from serving.pipeline.stages import Decoder, Denoiser, Fragment, FrameEncoder, StepDone, TextEncoder, VideoSpec
+from serving.pipeline.stages import Decoder, Fragment, FrameEncoder, Steerable, StepDone, TextEncoder, VideoSpec
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Stages:
     """What makes the videos of one model; `bundle_digest` names its weights."""
 
     text_encoder: TextEncoder
-    denoiser: Denoiser
+    denoiser: Steerable
     decoder: Decoder
     rewriter: Rewriter | None = None
     captioner: Captioner | None = None

@@ -14,7 +14,7 @@ from models.bundle import Bundle
 from serving.config import DenoiserConfig
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.scheduler import Limits, TraceLine
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering
 
 _LOOK_SECONDS = 2.0
 
@@ -51,6 +51,10 @@ class DenoiserDeployment:
                 for task in (waiting, orphaned):
                     task.cancel()
                 await asyncio.gather(waiting, orphaned, return_exceptions=True)
+
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """Whether an endless video of this name is here, which then goes on as `steering` says."""
+        return await self._stage.steer(video_id, steering)
 
     async def sessions(self) -> int:
         """How many videos hold memory in this replica."""

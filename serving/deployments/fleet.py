@@ -117,7 +117,7 @@ class Fleet:
         }
         return [
             self._target(build_runner(config, stages), RUNNER),
-            self._target(build_api(config, self.runner()), API, route_prefix="/"),
+            self._target(build_api(config, self.runner(), stages), API, route_prefix="/"),
         ]
 
     def _target(self, application: Any, app: str, route_prefix: str | None = None) -> Any:

@@ -24,6 +24,7 @@ from serving.pipeline.stages import (
     Fragment,
     LatentChunk,
     LostSession,
+    Steering,
     TextEmbedding,
     VideoSpec,
 )
@@ -94,6 +95,13 @@ class RemoteDenoiser:
         finally:
             # Without effect after the end; before it, the replica's generator is cancelled where it waits.
             events.cancel()
+
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """Every replica is told: nobody but the one that has it knows which that is."""
+        try:
+            return any(await self._handle.broadcast("steer", video_id, steering).results_async())
+        except _GONE:
+            return False  # if it was this video's, its stream says so
 
 
 class RemoteDecoder:

@@ -24,6 +24,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from serving.jobs.video import StaleFence, is_video_id
 
@@ -121,6 +122,10 @@ class FragmentLog:
     def fragment(self, index: int) -> bytes:
         """Fragment `index`, which must be in the log."""
         return self._fragment_path(index).read_bytes()
+
+    def opened(self, index: int) -> BinaryIO:
+        """Fragment `index` as a file."""
+        return open(self._fragment_path(index), "rb")
 
     def fragments(self) -> Iterator[bytes]:
         """The fragments that are in the log now, read one at a time."""

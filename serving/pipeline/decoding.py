@@ -106,8 +106,8 @@ class EngineDecoder:
 
     async def _frames(self, video_id: str, seed: int, chunk: LatentChunk) -> NDArray[np.uint8]:
         """The chunk's frames uint8 `[n, height, width, 3]`, uncropped."""
-        if chunk.index == 0:
-            self._sessions[video_id] = _Session()  # a replay starts afresh
+        if chunk.index == 0 or chunk.opens:
+            self._sessions[video_id] = _Session(next_chunk=chunk.index)  # a replay starts afresh
         session = self._sessions.get(video_id)
         if session is None:
             raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
@@ -124,7 +124,7 @@ class EngineDecoder:
 
     async def _decode(self, video_id: str, seed: int, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
         """In the session's turn: decode the chunk and move the cache on."""
-        if chunk.index == 0:
+        if not session.placed:
             await self._place(session)
         if self._sessions.get(video_id) is not session or session.next_chunk != chunk.index:
             raise LostSession(f"{video_id}: the decoder session is at {session.next_chunk}, not at {chunk.index}")

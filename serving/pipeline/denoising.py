@@ -13,10 +13,11 @@ from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Engine, EngineError, arrays_of
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
+from serving.pipeline.endless import EndlessSession
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.scheduler import Due, Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, StepDone
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, Steering, StepDone
 
 _Event = DenoiseEvent | Exception
 
@@ -34,10 +35,15 @@ class _Place:
     One that is watched while it is made is played from `plays_at` on: a moment after its first chunk is out.
     """
 
+    video_id: str
     session: Session
     events: asyncio.Queue[_Event]
+    priority: int
     watched: bool
     opened_at: float
+    scheduled_calls: int
+    """Up to which of the session's calls the scheduler knows of."""
+    running: bool = False
     plays_at: float | None = None
 
 
@@ -117,6 +123,17 @@ class EngineDenoiser:
                 self._scheduler.remove(id)
                 self._places.pop(id, None)
 
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """From its next chunk on an endless video does as `steering` says; False when there is none of this name."""
+        found = False
+        for id, place in self._places.items():
+            if place.video_id == video_id and isinstance(place.session, EndlessSession):
+                found = True
+                place.session.steer(steering)
+                if not place.running:  # else it is looked at after the call
+                    self._schedule(id, place)
+        return found
+
     async def stop(self) -> None:
         """Stop the loop and wait for the call that is running. Videos that are still open raise `EngineError`."""
         if self._loop is not None:
@@ -126,13 +143,36 @@ class EngineDenoiser:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _open(self, request: DenoiseRequest) -> tuple[Hashable, asyncio.Queue[_Event]]:
-        session = open_session(self._manifest, request, arrays_of(self._engines["denoiser"]))
+        opens = open_session if request.steering is None else EndlessSession
+        session = opens(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
         id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
         # Everything a session can say fits, so the loop never waits for a slow reader.
         events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
-        watched = request.interactive and self._manifest.rollout == "causal"
-        place = _Place(session, events, watched, time.monotonic())
+        place = _Place(
+            request.video_id,
+            session,
+            events,
+            priority=_INTERACTIVE_PRIORITY if request.interactive else 0,
+            watched=request.interactive and self._manifest.rollout == "causal",
+            opened_at=time.monotonic(),
+            scheduled_calls=session.calls_done,
+        )
+        self._schedule(id, place)
+        self._places[id] = place
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._run(), name="denoiser")
+        return id, events
+
+    def _schedule(self, id: Hashable, place: _Place) -> None:
+        """What the session may do now, once it has done what it was scheduled for: an endless one a chunk at a time."""
+        session = place.session
+        if session.calls_done != place.scheduled_calls or session.calls == session.calls_done:
+            return
+        if place.plays_at is not None:
+            # It may have been paused: nobody can have waited for a chunk that is only now to be begun.
+            begins = first_frame(self._manifest, session.next_chunk[0]) / self._manifest.fps
+            place.plays_at = max(place.plays_at, time.monotonic() - begins)
         self._scheduler.add(
             Entry(
                 id=id,
@@ -140,15 +180,12 @@ class EngineDenoiser:
                 rows=session.most_rows,
                 tokens_per_row=session.tokens_per_row,
                 steps=session.calls - session.calls_done,
-                priority=_INTERACTIVE_PRIORITY if request.interactive else 0,
+                priority=place.priority,
             )
         )
+        place.scheduled_calls = session.calls
         self._reshape(id, place)
-        self._places[id] = place
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._run(), name="denoiser")
         self._work.set()
-        return id, events
 
     def _reshape(self, id: Hashable, place: _Place) -> None:
         """Tell the scheduler what the session's next call is like."""
@@ -175,6 +212,8 @@ class EngineDenoiser:
                 continue
             batch = [self._places[id] for id in ids]
             sessions = [place.session for place in batch]
+            for place in batch:
+                place.running = True
             rows = sum(session.rows for session in sessions)
             shape, tokens = _group(sessions[0]), rows * sessions[0].tokens_per_row
             started = time.monotonic()
@@ -188,7 +227,7 @@ class EngineDenoiser:
                 self._report(id, place, finished)
 
     def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
-        session = place.session
+        session, place.running = place.session, False
         place.events.put_nowait(StepDone(session.calls_done, session.calls))
         for event in finished:
             place.events.put_nowait(event)
@@ -196,8 +235,10 @@ class EngineDenoiser:
                 # A video that goes on elsewhere is in the middle, and is being played there.
                 begins = first_frame(self._manifest, event.index) / self._manifest.fps
                 place.plays_at = time.monotonic() + _START_SECONDS - begins
-        if session.calls_done < session.calls:
+        if session.calls_done < place.scheduled_calls:
             self._reshape(id, place)
+        elif id in self._places:
+            self._schedule(id, place)
 
     def _fail(self, ids: Sequence[Hashable], error: Exception) -> None:
         for id in ids:

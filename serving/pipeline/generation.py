@@ -213,7 +213,7 @@ class _Generation:
                 if losses > MAX_REOPENS:
                     raise
                 # Not all at once: a video that takes its denoiser down should not find the others there again.
-                await _pause(losses)
+                await pause(losses)
 
     async def _best(self) -> AsyncGenerator[StepDone | LatentChunk, None]:
         """The steps of all candidates, then the chunks of the best; of equals the first."""
@@ -295,7 +295,7 @@ class _Generation:
                     await self._decoder.replay(self._video_id, self._spec, earlier)
                 return await self._once(chunk)
             except LostSession:
-                await _pause(replay)
+                await pause(replay)
         raise LostSession(f"{self._video_id}: chunk {chunk.index} lost its decoder session {MAX_REPLAYS + 1} times")
 
     async def _once(self, chunk: LatentChunk) -> Fragment | None:
@@ -316,5 +316,6 @@ class _Generation:
             task.exception()  # seen: whoever waits for the task raises it, and after a failure nobody may
 
 
-async def _pause(tries: int) -> None:
+async def pause(tries: int) -> None:
+    """Before the next try, the longer the more there were; not as long for everybody."""
     await asyncio.sleep(_FIRST_PAUSE_SECONDS * 2**tries * random.uniform(0.5, 1.5))

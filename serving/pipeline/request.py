@@ -15,6 +15,8 @@ MAX_SEED = 2**63 - 1
 MAX_BEST_OF = 8
 _MAX_SCENES = 100
 MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 20.0
+# A LoRA at a negative scale turns away from what it was trained for.
+MAX_LORA_SCALE = 4.0
 
 
 class InvalidRequest(ValueError):  # noqa: N818
@@ -41,13 +43,15 @@ def make_spec(
     best_of: object = None,
     guidance_interval: object = None,
     cache: object = None,
+    lora: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
 ) -> VideoSpec:
     """Check everything against the bundle's limits; `None` means the default, and for `seed` a random one.
 
     `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels;
-    `scene_prompts` is a list of objects with `start_seconds` and `prompt`. Values come straight from JSON, so their
+    `scene_prompts` is a list of objects with `start_seconds` and `prompt`; `lora` is a name, an object with `name` and
+    perhaps `scale`, or a list of such. Values come straight from JSON, so their
     types are checked too. `can_rewrite` says whether there is a rewriter (`None`: if the bundle has one),
     `rewrite_by_default` what a `rewrite_prompt` of `None` means. Raises `InvalidRequest` for the first parameter that
     won't do.
@@ -77,6 +81,7 @@ def make_spec(
         scene_prompts=_scenes(manifest, scene_prompts, length),
         guidance_interval=_interval(guidance_interval),
         cache=_cache(cache),
+        lora=_loras(manifest, lora),
     )
 
 
@@ -109,6 +114,29 @@ def _best_of(manifest: Manifest, value: object) -> int:
     if count > 1 and manifest.captioner is None:
         raise InvalidRequest("best_of", "best_of must be 1: this model has no captioner to choose with")
     return count
+
+
+def _loras(manifest: Manifest, value: object) -> tuple[tuple[str, float], ...]:
+    param, known = "lora", [lora.name for lora in manifest.loras]
+    if value is None or value == []:
+        return ()
+    found: dict[str, float] = {}
+    for item in value if isinstance(value, list) else [value]:
+        asked = {"name": item} if isinstance(item, str) else item
+        if not isinstance(asked, dict) or "name" not in asked or not asked.keys() <= {"name", "scale"}:
+            raise InvalidRequest(param, f"{param} must be a name, or an object with a name and perhaps a scale")
+        name, scale = asked["name"], asked.get("scale", 1.0)
+        if name not in known:
+            served = f"one of {', '.join(known)}" if known else "left out: this model has none"
+            raise InvalidRequest(param, f"{param} must be {served}, and not {_short(name)!r}")
+        if name in found:
+            raise InvalidRequest(param, f"{param} names {name} twice")
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) <= MAX_LORA_SCALE:
+            raise InvalidRequest(
+                param, f"{param} must have a scale between {-MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g} for {name}"
+            )
+        found[name] = float(scale)
+    return tuple(found.items())
 
 
 def _whole(param: str, value: object, default: int, low: int, high: int) -> int:

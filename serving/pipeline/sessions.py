@@ -57,6 +57,7 @@ class Session(ABC):
         self._guided = guided_steps(spec.num_inference_steps, spec.guidance_interval)[skipped:]
         self._reused = reused_steps(self._table.sigmas.tolist(), spec.cache)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
+        self._lora_scales = _scales_of(manifest, request)
         self._texts = [request.conditional.hidden_states]
         if spec.guidance_scale > 1:
             if request.unconditional is None:
@@ -129,6 +130,12 @@ class Session(ABC):
             if step == table.steps or not self._reused[step]:
                 return state, step
 
+    def _loras(self) -> dict[str, Array]:
+        """How much of each LoRA the rows get, if the next call's graph takes that."""
+        if self._manifest.shape_of(self.graph, "lora_scales") is None:
+            return {}
+        return {"lora_scales": np.repeat(self._lora_scales, self.rows, axis=0)}
+
     @abstractmethod
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
         """Go on from the call's outputs, each `[rows, …]`; returns the chunks that this call finished, or a state that
@@ -187,6 +194,7 @@ class BidirectionalSession(Session):
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": self._timesteps(),
             "encoder_hidden_states": self._text[: self.rows],
+            **self._loras(),
         }
 
     def _timesteps(self) -> Floats:
@@ -279,6 +287,7 @@ class CausalSession(Session):
             "encoder_hidden_states": self._text[: self.rows],
             "cache": self._cache[: self.rows],
             "write_index": np.full(self.rows, self._chunk, np.int64),
+            **self._loras(),
         }
 
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
@@ -294,14 +303,18 @@ class CausalSession(Session):
         return [self._shown()]
 
     def _shown(self) -> LatentChunk:
-        return LatentChunk(self._chunk, self._state[0].copy(), last=self._chunk == self.chunks - 1)
+        return LatentChunk(self._number(self._chunk), self._state[0].copy(), last=self._chunk == self.chunks - 1)
+
+    def _number(self, chunk: int) -> int:
+        """Of the video's chunks, which one is the session's `chunk`."""
+        return chunk
 
     def _begin_chunk(self, chunk: int) -> None:
         self._chunk = chunk
         if chunk in self._scenes:
             self._texts[0] = self._scenes[chunk]
         self._text = np.stack(self._texts)
-        self._noise = _Noise(self._seed, chunk)
+        self._noise = _Noise(self._seed, self._number(chunk))
         noise = self._noise.draw(self.shape)
         self._held = self._source.within(chunk * self._chunk_frames, noise)
         self._state = self._held.begin(self._table, noise)
@@ -390,6 +403,14 @@ class _Held:
         if self._kept is not None:
             level = np.float32(0 if self._clean else sigma)
             state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
+
+
+def _scales_of(manifest: Manifest, request: DenoiseRequest) -> Floats:
+    """`[1, loras]`. Raises `ValueError` for one that the bundle hasn't: it was another one when that was asked for."""
+    wanted, names = dict(request.spec.lora), [lora.name for lora in manifest.loras]
+    if missing := wanted.keys() - set(names):
+        raise ValueError(f"{request.video_id}: {manifest.name} has no LoRA {min(missing)!r}")
+    return np.array([[wanted.get(name, 0.0) for name in names]], np.float32)
 
 
 def skipped_steps(steps: int, strength: float) -> int:

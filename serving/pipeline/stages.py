@@ -28,6 +28,8 @@ class VideoSpec:
 
     Only the steps within `guidance_interval`, as shares of the way, are guided; `cache` says how many of them ask the
     model (see `shortcuts`).
+
+    `lora` are pairs of the name of one of the bundle's LoRAs and how much of it is wanted.
     """
 
     prompt: str
@@ -49,6 +51,7 @@ class VideoSpec:
     source_video_id: str | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache: Cache = "off"
+    lora: tuple[tuple[str, float], ...] = ()
 
     @property
     def rendered_prompt(self) -> str:
@@ -64,6 +67,18 @@ class TextEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Steering:
+    """What an endless video may do next: begin its chunks up to but without `chunks`, under the prompt `text`.
+
+    `number` counts the prompts, from 0; None for `text` means that it is as before.
+    """
+
+    chunks: int
+    number: int = 0
+    text: TextEmbedding | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DenoiseRequest:
     """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`.
 
@@ -74,6 +89,9 @@ class DenoiseRequest:
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
     bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
     chunks are wanted by the time that they are played, and its share of the engine is larger.
+
+    With `steering` a causal video has no end: `spec.frames` says nothing, and `Steerable.steer` says how it goes on.
+    `begun` is then what is left to remember of `chunks_before`: the context's sinks, and the last chunks.
     """
 
     video_id: str
@@ -85,6 +103,8 @@ class DenoiseRequest:
     begun: Checkpoint = NOTHING
     state_every: int = 0
     interactive: bool = True
+    steering: Steering | None = None
+    chunks_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +117,17 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class LatentChunk:
-    """Denoised normalised latents float32 `[channels, frames, height, width]`; `index` counts chunks from 0."""
+    """Denoised normalised latents float32 `[channels, frames, height, width]`; `index` counts chunks from 0.
+
+    `prompt` is the number of the prompt that it was denoised under. One that `opens` begins a decoder's session though
+    it isn't the first: what came before it is forgotten.
+    """
 
     index: int
     latents: NDArray[np.float32]
     last: bool
+    prompt: int = 0
+    opens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +171,21 @@ class Denoiser(Protocol):
         """
 
 
+class Steerable(Denoiser, Protocol):
+    """A denoiser whose endless videos can be steered while they are made."""
+
+    async def steer(self, video_id: str, steering: Steering) -> bool:
+        """From the next chunk on. False when nobody has such a video (any more)."""
+
+
 class Decoder(Protocol):
     """Sessions are sticky: the chunks of one video come in order, and the causal cache stays with the session."""
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        """Chunk 0 opens the session, the last chunk closes it. Raises `LostSession` if chunk n - 1 wasn't seen here."""
+        """Chunk 0, or one that `opens`, begins the session, the last chunk closes it.
+
+        Raises `LostSession` if chunk n - 1 wasn't seen here.
+        """
 
     async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
         """As `decode`, for a chunk whose fragment is there already: only the cache moves on."""

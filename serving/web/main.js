@@ -1,7 +1,8 @@
-// The page: three views, chosen by the address's fragment; `#video_…` is a video being watched.
+// The page: four views, chosen by the address's fragment; `#video_…` is a video being watched.
 // @ts-check
 
 import { showGallery } from "./gallery.js";
+import { showLive } from "./live.js";
 import { showLoad } from "./load.js";
 import { askJson, create } from "./service.js";
 import { watch } from "./watching.js";
@@ -12,6 +13,7 @@ const EXAMPLES = [
   "a small cyan cone moving left on a navy floor at night",
   "a green cylinder moving closer on a grey floor at noon",
 ];
+const VIEWS = ["make", "live", "gallery", "load"];
 const NUMBERS = ["seconds", "num_inference_steps", "guidance_scale", "seed"];
 
 /** @param {string} id @returns {any} */
@@ -70,14 +72,14 @@ async function makeOne(submitted) {
 function show() {
   const wanted = location.hash.slice(1) || "make";
   const video = wanted.startsWith("video_") ? wanted : null;
-  const view = video ? "make" : ["gallery", "load"].includes(wanted) ? wanted : "make";
+  const view = video ? "make" : VIEWS.includes(wanted) ? wanted : "make";
   showing.abort();
   showing = new AbortController();
-  for (const name of ["make", "gallery", "load"]) find(`view-${name}`).hidden = name !== view;
+  for (const name of VIEWS) find(`view-${name}`).hidden = name !== view;
   for (const link of document.querySelectorAll("nav a")) {
     link.toggleAttribute("aria-current", /** @type {HTMLElement} */ (link).dataset.view === view);
   }
-  const shown = view === "gallery" ? showGallery : view === "load" ? showLoad : video ? watch : null;
+  const shown = { make: video ? watch : null, live: showLive, gallery: showGallery, load: showLoad }[view];
   find("watching").hidden = video === null;
   shown?.(showing.signal, video ?? "").catch((error) => {
     if (error.name !== "AbortError") find("refused").textContent = error.message;

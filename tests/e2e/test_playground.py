@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from making import FPS, Making, queued
-from service import Service, served
+from service import Service, WholeService, served, until
 
 from models.bundle import Bundle
+from serving.pipeline.local import LocalPipeline
 
 playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -142,6 +143,41 @@ async def test_asking_from_the_keyboard_alone(service: Service, client: httpx.As
     await page.until("document.getElementById('state').textContent.startsWith('Failed')")
 
 
+async def test_a_live_session_from_the_keyboard_alone(tiny_causal_bundle: Bundle, browser: Any, tmp_path: Path) -> None:
+    async with LocalPipeline.open(tiny_causal_bundle) as pipeline:
+        service = WholeService(tiny_causal_bundle, pipeline, tmp_path)
+        async with service.running() as client:
+            page = await opened(browser, client, "#live")
+            await page.until("document.getElementById('live-model').value === 'tiny'")
+            state = "document.getElementById('live-state').textContent"
+            for field, typed in (("size", "64x64"), ("steps", "2"), ("prompt", "a red ball")):
+                await page.page.locator(f"#live-{field}").focus()
+                await page.page.keyboard.type(typed)
+            await page.page.locator("#live-begin").press("Enter")
+            await page.until("document.getElementById('live-player').currentTime > 0.5")
+            await page.page.locator("#live-prompt").fill("a blue cube")
+            await page.page.locator("#live-begin").press("Enter")
+            prompts = "document.querySelectorAll('#live-prompts li')"
+            await page.until(f"{prompts}.length === 2 && {prompts}[1].textContent.endsWith(': a blue cube')")
+            await page.page.locator("#live-pause").press("Enter")
+            await page.until(f"{state} === 'Paused' && document.getElementById('live-player').paused")
+            await until(lambda: pipeline.denoiser.outstanding_tokens == 0)
+            for size in SIZES:
+                await page.page.set_viewport_size(SIZES[size])
+                assert await page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+                await picture(page, tmp_path, f"live-session-{size}")
+            await page.page.locator("#live-pause").press("Enter")
+            await page.until(f"{state}.endsWith(' s made')")
+            await page.page.locator("#live-stop").press("Enter")
+            await page.until(f"{state} === 'Ended: stopped'")
+            # Going elsewhere ends it too.
+            await page.page.locator("#live-begin").press("Enter")
+            await page.until(f"{state}.endsWith(' s made')")
+            await page.page.goto(f"{client.base_url}/#load")
+            await until(lambda: pipeline.denoiser.sessions == 0 and pipeline.decoder.sessions == 0)
+            assert page.errors == []
+
+
 async def test_what_is_refused_is_said(service: Service, client: httpx.AsyncClient, browser: Any) -> None:
     page = await opened(browser, client)
     await page.page.locator("#prompt").fill("a red ball")
@@ -165,7 +201,7 @@ async def test_every_view_fits(
 ) -> None:
     await queued(client)
     page = await opened(browser, client, size=size)
-    for view in ("make", "gallery", "load"):
+    for view in ("make", "live", "gallery", "load"):
         await page.page.goto(f"{client.base_url}/#{view}")
         await page.until(f"!document.getElementById('view-{view}').hidden")
         if view == "gallery":

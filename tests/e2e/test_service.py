@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from models.bundle import Bundle
+from serving.client import Rushes
 from serving.config import ServiceConfig
 from serving.deployments.local import LocalService, free_port, local_service
 from serving.jobs.fragment_log import FragmentLog
@@ -27,6 +28,7 @@ from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 
+PROMPT = "a red ball moving left"
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 4}
 OTHERS: list[dict[str, Any]] = [
     {"prompt": "a blue cube spinning", "seconds": 2, "seed": 1, "num_inference_steps": 6},
@@ -178,6 +180,30 @@ def test_bytes_do_not_depend_on_what_else_is_in_flight(client: httpx.Client, tin
         streams = list(pool.map(lambda asked: streamed(client, asked), [*OTHERS, ASKED]))
     for asked, stream in zip([*OTHERS, ASKED], streams, strict=True):
         assert stream == as_stream(made_alone(tiny_bundle, asked)), asked
+
+
+def test_an_interactive_session_through_every_process(running: RunningService, tiny_causal_bundle: Bundle) -> None:
+    settings = {"seed": 7, "num_inference_steps": 2, "size": "64x64", "rewrite_prompt": False}
+    with Rushes(running.service.url) as rushes:
+        with rushes.realtime(PROMPT, model="tiny-causal", **settings) as live:
+            chunks = []
+            for chunk in live:
+                chunks.append(chunk)
+                if chunk.index == 1:
+                    live.change_prompt("a blue cube")
+                if chunk.prompt != PROMPT:
+                    break
+            live.pause()
+        # The block is left, so the connection is cut: and no stage has anything of it.
+        fleet = running.service.fleet
+        while any(fleet.stage("tiny-causal", "denoiser").broadcast("sessions").results()):
+            time.sleep(0.05)
+    assert [chunk.index for chunk in chunks if chunk.prompt_changed] == [0, chunks[-1].index]
+    scenes = [{"start_seconds": chunks[-1].about["start_seconds"], "prompt": "a blue cube"}]
+    seconds = 1 + int(chunks[-1].about["start_seconds"] + 1)
+    asked = {"prompt": PROMPT, "seconds": seconds, "scene_prompts": scenes, **settings}
+    made = made_alone(tiny_causal_bundle, asked)
+    assert [chunk.data for chunk in chunks] == [fragment.data for fragment in made[: len(chunks)]]
 
 
 def test_a_causal_model_streams_the_bytes_of_one_process(client: httpx.Client, tiny_causal_bundle: Bundle) -> None:

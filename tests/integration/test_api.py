@@ -185,6 +185,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "guidance_interval": [0.0, 1.0],
         "cache": "off",
         "scene_prompts": [],
+        "lora": [],
     }
     assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
     assert service.wakes == 1

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from serving.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"(?:^|/)(rushes [a-z][^\n#|]*)", README, re.MULTILINE)))
+SHOWN = README + (ROOT / "BENCHMARKS.md").read_text()
+COMMANDS = sorted(set(re.findall(r"(?:^|/)(rushes [a-z][^\n#|]*)", SHOWN, re.MULTILINE)))
 
 
 def test_there_are_commands_to_check():
@@ -26,6 +28,9 @@ def test_commands_and_their_options_exist(line):
     group = get_command(app)
     command = group.get_command(typer.Context(group), name)
     assert command is not None, name
+    if isinstance(command, TyperGroup):  # the next word is the command
+        command = command.get_command(typer.Context(command), words[0])
+        assert command is not None, line
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("-") and word != "-"} <= known | {"--help"}
 
