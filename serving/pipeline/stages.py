@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
 from serving.pipeline.shortcuts import Cache
+from serving.tracing import Carrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class DenoiseRequest:
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
     bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
-    chunks are wanted by the time that they are played, and its share of the engine is larger.
+    chunks are wanted by the time that they are played, and its share of the engine is larger. `trace` is what its
+    steps' spans are below.
 
     With `steering` a causal video has no end: `spec.frames` says nothing, and `Steerable.steer` says how it goes on.
     `begun` is then what is left to remember of `chunks_before`: the context's sinks, and the last chunks.
@@ -105,6 +107,7 @@ class DenoiseRequest:
     interactive: bool = True
     steering: Steering | None = None
     chunks_before: int = 0
+    trace: Carrier = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
