@@ -37,10 +37,14 @@ def generate(
         typer.Option("--rewrite/--no-rewrite", help="Make a detailed prompt of a loose one; on if the model can."),
     ] = None,
     best_of: Annotated[int | None, typer.Option(help="Make so many and keep the one nearest to the prompt.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="fast or faster: ask the model in fewer of the steps, at some cost in quality.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[:SCALE]", help="One of the bundle's LoRAs, and how much of it; may be repeated."),
     ] = None,
+    codec: Annotated[str | None, typer.Option(help="h264, av1 or vp9; h264 when left out.")] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -67,7 +71,9 @@ def generate(
             rewrite_prompt=rewrite,
             best_of=best_of,
             scene_prompts=[_scene(text) for text in scene or ()],
+            cache=cache,
             lora=[_lora(text) for text in lora or ()],
+            codec=codec,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)

@@ -199,15 +199,21 @@ class EngineDenoiser:
             Entry(
                 id=id,
                 shape=_group(session),
-                rows=session.rows,
+                rows=session.most_rows,
                 tokens_per_row=session.tokens_per_row,
                 steps=session.calls - session.calls_done,
                 priority=place.priority,
-                due=self._due(place),
             )
         )
         place.scheduled_calls = session.calls
+        self._reshape(id, place)
         self._work.set()
+
+    def _reshape(self, id: Hashable, place: _Place) -> None:
+        """Tell the scheduler what the session's next call is like."""
+        session = place.session
+        shape, tokens = _group(session), session.tokens_per_row
+        self._scheduler.reshape(id, shape, tokens, rows=session.rows, due=self._due(place))
 
     def _due(self, place: _Place) -> Due | None:
         """When the next chunk is wanted: the first as soon as may be, each other one when those before are played."""
@@ -262,7 +268,7 @@ class EngineDenoiser:
                 begins = first_frame(self._manifest, event.index) / self._manifest.fps
                 place.plays_at = time.monotonic() + _START_SECONDS - begins
         if session.calls_done < place.scheduled_calls:
-            self._scheduler.reshape(id, _group(session), session.tokens_per_row, self._due(place))
+            self._reshape(id, place)
         elif id in self._places:
             self._schedule(id, place)
 
@@ -283,7 +289,7 @@ class EngineDenoiser:
         for session in batch:
             rows = slice(row, row + session.rows)
             finished.append(session.take({name: output[rows] for name, output in outputs.items()}))
-            row += session.rows
+            row = rows.stop
         return finished
 
 

@@ -7,6 +7,8 @@ import re
 import secrets
 
 from models.bundle import Manifest
+from serving.media.fmp4 import CODECS, Codec
+from serving.pipeline.shortcuts import CACHES, Cache
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.text import clean_prompt
 
@@ -40,7 +42,10 @@ def make_spec(
     scene_prompts: object = None,
     rewrite_prompt: object = None,
     best_of: object = None,
+    guidance_interval: object = None,
+    cache: object = None,
     lora: object = None,
+    codec: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
 ) -> VideoSpec:
@@ -76,7 +81,10 @@ def make_spec(
         rewrite_prompt=_rewrite_prompt(rewrite_prompt, can_rewrite, rewrite_by_default),
         best_of=_best_of(manifest, best_of),
         scene_prompts=_scenes(manifest, scene_prompts, length),
+        guidance_interval=_interval(guidance_interval),
+        cache=_cache(cache),
         lora=_loras(manifest, lora),
+        codec=_codec(codec),
     )
 
 
@@ -109,6 +117,15 @@ def _best_of(manifest: Manifest, value: object) -> int:
     if count > 1 and manifest.captioner is None:
         raise InvalidRequest("best_of", "best_of must be 1: this model has no captioner to choose with")
     return count
+
+
+def _codec(value: object) -> Codec:
+    if value is None:
+        return CODECS[0]
+    for codec in CODECS:
+        if value == codec:
+            return codec
+    raise InvalidRequest("codec", f"codec must be one of {', '.join(CODECS)}, not {_kind(value)}")
 
 
 def _loras(manifest: Manifest, value: object) -> tuple[tuple[str, float], ...]:
@@ -158,6 +175,23 @@ def _guidance_scale(value: object, default: float) -> float:
             param, f"{param} must be between {MIN_GUIDANCE_SCALE:g} and {MAX_GUIDANCE_SCALE:g}, not {_short(value)}"
         )
     return float(value)
+
+
+def _interval(value: object) -> tuple[float, float]:
+    param = "guidance_interval"
+    if value is None:
+        return 0.0, 1.0
+    match value:
+        case [int() | float() as one, int() | float() as other] if 0 <= min(one, other) <= max(one, other) <= 1:
+            return float(min(one, other)), float(max(one, other))
+    raise InvalidRequest(param, f"{param} must be two numbers from 0 to 1, not {_short(value)}")
+
+
+def _cache(value: object) -> Cache:
+    for choice in CACHES:
+        if value == choice or (value is None and choice == "off"):
+            return choice
+    raise InvalidRequest("cache", f"cache must be one of {', '.join(CACHES)}, not {_short(value)}")
 
 
 def _scenes(manifest: Manifest, value: object, seconds: int) -> tuple[tuple[float, str], ...]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
+from serving.media.fmp4 import Codec
+from serving.pipeline.shortcuts import Cache
 from serving.tracing import Carrier
 
 
@@ -25,6 +27,9 @@ class VideoSpec:
     they are the video's own first frames (a picture's is one; an extension's are a whole video's). With one they are a
     draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
     `source_video_id` says of which video it is, if it is one of this service.
+
+    Only the steps within `guidance_interval`, as shares of the way, are guided; `cache` says how many of them ask the
+    model (see `shortcuts`).
 
     `lora` are pairs of the name of one of the bundle's LoRAs and how much of it is wanted.
     """
@@ -46,7 +51,10 @@ class VideoSpec:
     source_frames: int = 0
     strength: float | None = None
     source_video_id: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache: Cache = "off"
     lora: tuple[tuple[str, float], ...] = ()
+    codec: Codec = "h264"
 
     @property
     def rendered_prompt(self) -> str:
