@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,11 +21,14 @@ from serving.bench.figures import Measured
 from serving.bench.following import Outcome
 from serving.bench.fragments import fragment_seconds
 from serving.bench.machine import this_machine
+from serving.bench.processes import NotStarted, server, settings_of
 from serving.bench.report import Goals, report
 from serving.bench.statistics import Spread, Summary, percentile, steady_rate
 from serving.bench.suite import Results
 from serving.bench.tables import load_table, seconds, spread, table
 from serving.bench.viewer import Arrived, view
+from serving.config import ServiceConfig
+from serving.deployments.local import free_port
 from serving.media.fmp4 import encode_fragment
 
 # A busy machine is no failure.
@@ -305,3 +309,27 @@ def test_benchmarks_md_has_a_place_for_every_part_of_a_run() -> None:
     assert filled(made, parts) == made
     assert set(re.findall(r"<!-- bench:begin (\w+) -->", document)) == parts.keys()
     json.loads(Results(this_machine()).as_json())
+
+
+def test_a_server_that_ends_at_once_is_said_with_its_last_words() -> None:
+    with (
+        pytest.raises(NotStarted, match=r"http\.server ended with 2.*not-a-port"),
+        server(["http.server", "not-a-port"], "http://127.0.0.1:9", "/"),
+    ):
+        pass
+
+
+def test_a_server_ends_with_whoever_wanted_it() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(KeyboardInterrupt), server(["http.server", str(port), "--bind", "127.0.0.1"], url, "/"):
+        assert httpx.get(url).is_success
+        raise KeyboardInterrupt
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_a_services_settings_are_what_was_set() -> None:
+    config = ServiceConfig.model_validate({"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10})
+    assert settings_of(config) == {"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10}
+    assert ServiceConfig.model_validate(settings_of(config)) == config
