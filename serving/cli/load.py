@@ -16,6 +16,7 @@ from serving.config import ConfigError, ServiceConfig
 
 if TYPE_CHECKING:
     from serving.bench.asks import Arrival, Ask
+    from serving.bench.breakdown import Breakdown
     from serving.bench.following import Outcome, Target
 
 
@@ -66,7 +67,10 @@ def load(
     poll_seconds: Annotated[float, typer.Option(min=0.001, help="How often --follow poll asks.")] = 0.1,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="The bundle that is served on this machine: says what of the latency its engines need."),
+        typer.Option(
+            help="The bundle that is served on this machine: says what its engines need of the first request's "
+            "latency, and how busy they were."
+        ),
     ] = None,
     config: Config = None,
     api_key: ApiKey = None,
@@ -79,7 +83,7 @@ def load(
     """
     import asyncio
 
-    from serving.bench.breakdown import breakdown_table
+    from serving.bench.breakdown import breakdown_table, occupancy, occupancy_table
     from serving.bench.following import Follow as Following
     from serving.bench.following import Target
     from serving.bench.machine import this_machine
@@ -120,17 +124,17 @@ def load(
         outcomes = asyncio.run(measured())
         told = report(outcomes, Goals(slo_seconds, slo_first_chunk_seconds, startup_seconds))
         print(load_table(told))
-        parts = None
-        if bundle is not None and told.latency is not None:
-            parts = _explained(bundle, config_of(config), arrivals[0].ask, told.latency.mean)
-            print(f"\n{breakdown_table(parts)}")
+        parts = None if bundle is None else _explained(bundle, config_of(config), outcomes)
+        if parts:
+            print(f"\n{breakdown_table(parts[0])}\n\n{occupancy_table(occupancy(parts, told.wall_seconds))}")
         if output is not None:
             values = {
                 "machine": asdict(this_machine()),
                 "url": url,
                 "follow": follow.value,
                 "report": asdict(told),
-                "breakdown": None if parts is None else {**asdict(parts), "rest": parts.rest},
+                "breakdown": {**asdict(parts[0]), "rest": parts[0].rest} if parts else None,
+                "occupancy": occupancy(parts, told.wall_seconds) if parts else None,
                 "outcomes": [asdict(outcome) for outcome in outcomes],
             }
             output.write_text(json.dumps(values, indent=1) + "\n")
@@ -193,9 +197,10 @@ async def _measured(
         return await closed_loop(target, [arrival.ask for arrival in arrivals], concurrency, told)
 
 
-def _explained(bundle: Path, config: ServiceConfig, ask: Ask, latency_seconds: float) -> Any:
-    """What the engines of `bundle` need for the first request, against the mean latency."""
+def _explained(bundle: Path, config: ServiceConfig, outcomes: list[Outcome]) -> list[Breakdown]:
+    """What the engines of `bundle` need for each request that was completed; those of one shape are timed once."""
     import asyncio
+    from dataclasses import replace
 
     from models.bundle import Bundle
     from serving.bench.breakdown import explained
@@ -204,9 +209,19 @@ def _explained(bundle: Path, config: ServiceConfig, ask: Ask, latency_seconds: f
 
     names = ("size", "seconds", "num_inference_steps", "guidance_scale")
     loaded = Bundle.load(bundle)
-    spec = default_spec(loaded, **{name: ask.body.get(name) for name in names})
-    video = asyncio.run(Engines(loaded, config).record(spec))
-    return explained(video, latency_seconds, loaded.manifest.fps)
+    engines = Engines(loaded, config)
+    timed: dict[tuple[object, ...], Breakdown] = {}
+    told = []
+    for outcome in outcomes:
+        if outcome.error is not None:
+            continue
+        settings = {name: outcome.ask.body.get(name) for name in names}
+        shape = tuple(settings.values())
+        if shape not in timed:
+            video = asyncio.run(engines.record(default_spec(loaded, **settings)))
+            timed[shape] = explained(video, 0.0, loaded.manifest.fps)
+        told.append(replace(timed[shape], whole=outcome.latency_seconds))
+    return told
 
 
 def _field(text: str) -> tuple[str, Any]:

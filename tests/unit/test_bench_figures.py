@@ -322,9 +322,14 @@ def test_a_server_that_ends_at_once_is_said_with_its_last_words() -> None:
 def test_a_server_ends_with_whoever_wanted_it() -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with pytest.raises(KeyboardInterrupt), server(["http.server", str(port), "--bind", "127.0.0.1"], url, "/"):
-        assert httpx.get(url).is_success
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with server(["http.server", str(port), "--bind", "127.0.0.1"], url, "/"):
+            assert httpx.get(url).is_success
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
 
