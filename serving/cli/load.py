@@ -35,6 +35,9 @@ def load(
             "Rushes. poll: a job that is asked about, on any server with the Videos API."
         ),
     ] = Follow.stream,
+    form: Annotated[
+        bool, typer.Option("--form", help="Send multipart forms, as the openai SDK does, instead of JSON.")
+    ] = False,
     rate: Annotated[
         float | None, typer.Option(help="Requests in a second, as a Poisson process: nobody waits for an answer.")
     ] = None,
@@ -118,6 +121,7 @@ def load(
                 api_key=api_key,
                 timeout_seconds=timeout_seconds,
                 poll_seconds=poll_seconds,
+                form=form,
             ) as target:
                 return await _measured(target, arrivals, warming, concurrency)
 

@@ -101,7 +101,9 @@ async def test_a_job_is_followed_to_its_end(http: httpx.AsyncClient, tmp_path: P
     output = tmp_path / "report.json"
     small = ["--size", "64x64", "--seconds", "1", "--steps", "2", "--field", "guidance_scale=1"]
     done = await bench(
-        http, "--follow", follow, "--rate", "20", "-n", "2", "--warm-up", "0", "-o", str(output), "--seed", "-1", *small
+        http,
+        *("--follow", follow, "--rate", "20", "-n", "2", "--warm-up", "0", "-o", str(output), "--seed", "-1", *small),
+        *(["--form"] if follow == "watch" else []),
     )
     assert done.exit_code == 0, done.output
     told = json.loads(output.read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -176,6 +177,17 @@ def test_a_fragments_boxes_say_how_long_it_plays(frames: int, fps: int) -> None:
     assert fragment_seconds(fragment.init, fragment.data) == pytest.approx(frames / fps)
     with pytest.raises(ValueError, match="duration"):
         fragment_seconds(fragment.init, fragment.init)
+
+
+@given(st.binary(max_size=64), st.integers(0, 600))
+@checked
+def test_a_damaged_fragment_is_a_value_error(junk: bytes, place: int) -> None:
+    fragment = encode_fragment(np.zeros((2, 16, 16, 3), np.uint8), fps=16, index=0, first_frame=0)
+    data = fragment.data[:place] + junk + fragment.data[place + len(junk) :]
+    with suppress(ValueError):
+        assert fragment_seconds(fragment.init, data) > 0
+    with suppress(ValueError):
+        assert fragment_seconds(fragment.init[:place] + junk, fragment.data) > 0
 
 
 def _outcome(scheduled: float, *times: float, error: str | None = None, label: str = "") -> Outcome:
