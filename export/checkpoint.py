@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export import captioner, parity
 from export.lora import Adapter, merge
+from export.named_lora import NamedLora, attach, switched
 from export.onnx import OPSET, ExportError, WeightFile, export_graph
 from export.proof import prove
 from export.settings import CheckpointSettings
@@ -24,6 +25,7 @@ from models.bundle import (
     GraphInfo,
     GraphName,
     Manifest,
+    NamedLoraInfo,
     TextInfo,
     sha256_of,
 )
@@ -44,12 +46,13 @@ def export_checkpoint(
     *,
     verify: bool = True,
     adapters: Sequence[Adapter] = (),
+    loras: Sequence[NamedLora] = (),
 ) -> Bundle:
     """Export a diffusers directory, prove the bundle equal to it unless told not to, and put it at `output`.
 
-    `adapters` are merged into its denoisers first. A bundle that is already there is replaced. `progress` gets one line
-    a step. Raises `ExportError`; then `output` is as it was before: the work happens in a sibling directory that is
-    renamed at the end.
+    `adapters` are merged into its denoisers first; `loras` stay apart, for requests to name. A bundle that is already
+    there is replaced. `progress` gets one line a step. Raises `ExportError`; then `output` is as it was before: the
+    work happens in a sibling directory that is renamed at the end.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_place(output)
@@ -61,12 +64,13 @@ def export_checkpoint(
         # Here, since later it would be said after minutes of work.
         settings.sampler_info(family.scheduler)
         merged = tuple([merge(adapter, family.transformers, family.lora_loader) for adapter in adapters])
-        graphs = family.graphs(plan)
+        named, branches = attach(loras, family.transformers, family.lora_loader)
+        graphs = tuple([switched(graph, branches) for graph in family.graphs(plan)])
     except (UnsupportedCheckpointError, OSError) as error:
         raise ExportError(str(error)) from error
     extras = SmallModels.of(checkpoint, family)
     with replaced(output) as folder:
-        manifest = _write(family, graphs, extras, settings, plan, folder, progress, verify)
+        manifest = _write(family, graphs, extras, settings, plan, named, folder, progress, verify)
         manifest = manifest.model_copy(update={"adapters": merged})
         if verify:
             progress("Comparing a whole video")
@@ -81,6 +85,7 @@ def _write(
     extras: SmallModels,
     settings: CheckpointSettings,
     plan: Plan,
+    loras: tuple[NamedLoraInfo, ...],
     folder: Path,
     progress: Progress,
     verify: bool,
@@ -120,6 +125,7 @@ def _write(
         limits=settings.limits,
         rewriter=extras.rewriter,
         captioner=extras.captioner,
+        loras=loras,
         graphs=infos,
         files={
             path.name: FileInfo(sha256=sha256_of(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685) merged into the weights before they are exported.
+"""LoRA adapters (arXiv 2106.09685): their files, and how they are merged into the weights before these are exported.
 
 Layouts are told apart by diffusers' own loaders, which know what Wan's, LTX's and CogVideoX's trainers write; peft's
 own files (`adapter_model.safetensors` beside `adapter_config.json`) are read here. Every layer that a file names must
@@ -55,16 +55,42 @@ class Adapter:
         return cls(Path(path), value, part)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What an adapter adds to a layer: `strength * up @ down` to its weight, and `strength * bias` to its bias.
+
+    `up` is `[out, rank]`, and `down` `[rank, in]` where the layer is linear.
+    """
+
+    part: str
+    name: str
+    module: Any
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    strength: float
+
+
 def merge(adapter: Adapter, transformers: Mapping[str, nn.Module], loader: Any) -> AdapterInfo:
     """Add an adapter to the weights of the transformers that it names; `loader` is diffusers' mixin for the family.
 
     Raises `ExportError`; then nothing was changed.
     """
+    layers, info = read_layers(adapter, transformers, loader)
+    for layer in layers:
+        _add(layer)
+    return info
+
+
+def read_layers(
+    adapter: Adapter, transformers: Mapping[str, nn.Module], loader: Any
+) -> tuple[list[Layer], AdapterInfo]:
+    """An adapter's layers, each beside the module that it is for. Raises `ExportError`."""
     path = adapter.path / "adapter_model.safetensors" if adapter.path.is_dir() else adapter.path
     raw, config = _read(path)
     for mark, kind in _UNKNOWN.items():
         if any(mark in name for name in raw):
-            raise ExportError(f"{path} is a {kind} adapter: only LoRA can be merged.")
+            raise ExportError(f"{path} is a {kind} adapter: only LoRA is known.")
     layers = _layers(_named(raw, path, adapter.part, loader), path)
     found = []
     for (part, layer), parts in layers.items():
@@ -74,10 +100,18 @@ def merge(adapter: Adapter, transformers: Mapping[str, nn.Module], loader: Any) 
             there = f"{len(known)} of its {len(layers)} layers are there"
             raise ExportError(f"{path} has the layer {layer}, which the {part} hasn't; {there}.")
         _check(parts, module, f"{path}'s {layer}")
-        found.append((module, parts, adapter.scale * _strength(config, part, layer, parts)))
-    for module, parts, strength in found:
-        _add(parts, module, strength)
-    return AdapterInfo(name=path.name, sha256=sha256_of(path), scale=adapter.scale)
+        found.append(
+            Layer(
+                part=part,
+                name=layer,
+                module=module,
+                down=parts["lora_A.weight"].flatten(1),
+                up=parts["lora_B.weight"].flatten(1),
+                bias=parts.get("lora_B.bias"),
+                strength=adapter.scale * _strength(config, part, layer, parts),
+            )
+        )
+    return found, AdapterInfo(name=path.name, sha256=sha256_of(path), scale=adapter.scale)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -168,8 +202,8 @@ def _check(parts: Mapping[str, Tensor], module: Any, what: str) -> None:
 
 
 @torch.no_grad()
-def _add(parts: Mapping[str, Tensor], module: Any, strength: float) -> None:
-    down, up = parts["lora_A.weight"].flatten(1), parts["lora_B.weight"].flatten(1)
-    module.weight += strength * (up @ down).view(module.weight.shape)
-    if "lora_B.bias" in parts:
-        module.bias += strength * parts["lora_B.bias"]
+def _add(layer: Layer) -> None:
+    module = layer.module
+    module.weight += layer.strength * (layer.up @ layer.down).view(module.weight.shape)
+    if layer.bias is not None:
+        module.bias += layer.strength * layer.bias

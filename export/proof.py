@@ -161,11 +161,13 @@ def _chunk(
     x[0] = noise[0]
 
     def step(graph: GraphName, timestep: float) -> dict[str, Array]:
-        feeds = {
+        feeds: dict[str, Array] = {
             "latents": np.repeat(x[:1], rows, axis=0),
             "timestep": np.full((rows, x.shape[2]) if manifest.timesteps_by_frame else rows, timestep, np.float32),
             "encoder_hidden_states": text,
         }
+        if manifest.shape_of(graph, "lora_scales") is not None:
+            feeds["lora_scales"] = np.zeros((rows, len(manifest.loras)), np.float32)
         return call(graph, {**feeds, **state})
 
     for index, timestep in enumerate(table.timesteps):

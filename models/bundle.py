@@ -285,6 +285,13 @@ class AdapterInfo(_Strict):
     scale: float
 
 
+class NamedLoraInfo(_Strict):
+    """A LoRA that requests name: it is beside the weights, and does nothing where it isn't asked for."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    files: tuple[AdapterInfo, ...] = Field(min_length=1, description="One for each transformer that it is for.")
+
+
 class PrecisionInfo(_Strict):
     """What was made of an fp32 bundle; `parity` of the changed graphs and `proof` are then against that one."""
 
@@ -310,6 +317,11 @@ class Manifest(_Strict):
     rewriter: RewriterInfo | None = Field(default=None, description="None: prompts are taken as they are.")
     captioner: CaptionerInfo | None = Field(default=None, description="None: no captions, and no best of several.")
     adapters: tuple[AdapterInfo, ...] = Field(default=(), description="In the order in which they were merged.")
+    loras: tuple[NamedLoraInfo, ...] = Field(
+        default=(),
+        description="In the order of the columns of `lora_scales` `[batch, loras]`, an input of the "
+        "denoisers that these change: how much of each LoRA a row gets.",
+    )
     precision: PrecisionInfo | None = Field(default=None, description="None: fp32, the master of all others.")
     graphs: dict[GraphName, GraphInfo]
     files: dict[str, FileInfo] = Field(description="Every file of the bundle but the manifest itself.")
@@ -322,18 +334,20 @@ class Manifest(_Strict):
         """Whether frames can be made latents: what a video that begins from another one or from a picture needs."""
         return {"encoder_first", "encoder_next"} <= self.graphs.keys()
 
+    def shape_of(self, graph: GraphName, name: str) -> tuple[int | str, ...] | None:
+        """The shape of one of a graph's inputs; None if there is no such graph or input."""
+        inputs = self.graphs[graph].inputs if graph in self.graphs else ()
+        return next((tensor.shape for tensor in inputs if tensor.name == name), None)
+
     @property
     def timesteps_by_frame(self) -> bool:
         """Whether the denoiser takes a timestep for each latent frame: 0 says that a frame is given and clean."""
-        denoiser = self.graphs.get("denoiser")
-        return denoiser is not None and any(
-            tensor.name == "timestep" and len(tensor.shape) == 2 for tensor in denoiser.inputs
-        )
+        return len(self.shape_of("denoiser", "timestep") or ()) == 2
 
     @property
     def decodes_with_noise(self) -> bool:
         """Whether the decoders take `noise`, standard normal and shaped like the latents."""
-        return any(tensor.name == "noise" for tensor in self.graphs["decoder_first"].inputs)
+        return self.shape_of("decoder_first", "noise") is not None
 
     @property
     def window(self) -> ContextWindow:
@@ -358,6 +372,17 @@ class Manifest(_Strict):
                 shape = tensors.get(tensor)
                 if name in SERVED_GRAPHS and shape is not None and (len(shape) < 2 or shape[axis] != width):
                     raise ValueError(f"the {name}'s {tensor} {list(shape)} is not as {what} {width} says")
+        return self
+
+    @model_validator(mode="after")
+    def _loras_fit_the_graphs(self) -> Self:
+        names = [lora.name for lora in self.loras]
+        if len(set(names)) < len(names):
+            raise ValueError("`loras` has a name twice")
+        shapes = [self.shape_of(graph, "lora_scales") for graph in ("denoiser", "denoiser_2")]
+        wrong = [shape for shape in shapes if shape is not None and shape[1:] != (len(names),)]
+        if wrong or (names and self.graphs and not any(shapes)):
+            raise ValueError(f"the denoisers take the scales of other LoRAs than the {len(names)} in `loras`")
         return self
 
     def chunks(self, latent_frames: int) -> list[slice]:

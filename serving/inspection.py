@@ -41,6 +41,8 @@ def _facts(bundle: Bundle) -> Table:
         )
     if manifest.adapters:
         rows["merged"] = ", ".join(f"{adapter.name} x {adapter.scale:g}" for adapter in manifest.adapters)
+    if manifest.loras:
+        rows["loras"] = ", ".join(lora.name for lora in manifest.loras)
     if manifest.precision is not None:
         rows["precision"] = f"{manifest.precision.name}, of {manifest.precision.master}"
     if manifest.causal is not None:

@@ -89,6 +89,10 @@ def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
             can_rewrite=catalog.rewriter.serves(manifest),
             rewrite_by_default=catalog.rewriter.by_default,
             scene_prompts=body.scene_prompts,
+            guidance_interval=body.guidance_interval,
+            cache=body.cache,
+            lora=body.lora,
+            codec=body.codec,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

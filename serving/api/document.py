@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from models.bundle import LimitsInfo
 from serving.api.models import Catalog
-from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_SEED, MIN_GUIDANCE_SCALE
+from serving.media.fmp4 import CODECS
+from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_LORA_SCALE, MAX_SEED, MIN_GUIDANCE_SCALE
+from serving.pipeline.shortcuts import CACHES
 
 _JSON, _FORM = "application/json", "multipart/form-data"
 # Something to see, and no NUL, which PostgreSQL can't keep.
@@ -98,11 +100,36 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
         "num_inference_steps": {"type": "integer", "minimum": 1, "maximum": max(limit.max_steps for limit in limits)},
         "guidance_scale": {"type": "number", "minimum": MIN_GUIDANCE_SCALE, "maximum": MAX_GUIDANCE_SCALE},
+        "guidance_interval": {
+            "type": "array",
+            "items": {"type": "number", "minimum": 0, "maximum": 1},
+            "minItems": 2,
+            "maxItems": 2,
+        },
+        "cache": {"type": "string", "enum": [*CACHES]},
         "best_of": {"type": "integer", "minimum": 1, "maximum": MAX_BEST_OF if chooses else 1},
         "rewrite_prompt": {"type": "boolean"} if rewrites else {"type": "boolean", "enum": [False]},
         "scene_prompts": {"type": "array", "items": scene, "maxItems": 100 if causal else 0},
+        "lora": _lora([lora.name for manifest in manifests for lora in manifest.loras]),
+        "codec": {"type": "string", "enum": [*CODECS]},
         "webhook_url": _webhook(webhooks),
     }
+
+
+def _lora(names: list[str]) -> dict[str, Any]:
+    if not names:
+        return {"type": "array", "maxItems": 0}
+    name = {"type": "string", "enum": list(dict.fromkeys(names))}
+    asked = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {
+            "name": name,
+            "scale": {"type": "number", "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE},
+        },
+        "additionalProperties": False,
+    }
+    return {"anyOf": [name, asked, {"type": "array", "items": {"anyOf": [name, asked]}, "maxItems": len(names)}]}
 
 
 def _webhook(enabled: bool) -> dict[str, Any]:
@@ -131,7 +158,8 @@ def _spelt(schema: dict[str, Any]) -> dict[str, Any]:
     """The same as a form's: there nothing is null, it is left out. A list or an object can't be spelt in one."""
     properties = {}
     for name, property_ in schema["properties"].items():
-        options = [one for one in property_.get("anyOf", [property_]) if one.get("type") not in ("null", "array")]
+        unspelt = ("null", "array", "object") if name == "lora" else ("null", "array")
+        options = [one for one in property_.get("anyOf", [property_]) if one.get("type") not in unspelt]
         if options:
             kept = {key: value for key, value in property_.items() if key not in ("anyOf", "default")}
             only = _SPELT_BOOLEAN if options[0].get("type") == "boolean" else options[0]

@@ -124,6 +124,12 @@ def references_router(
             guidance_scale=request["guidance_scale"],
             rewrite_prompt=body.rewrite_prompt,
             best_of=request.get("best_of", 1),
+            guidance_interval=request.get("guidance_interval"),
+            cache=request.get("cache"),
+            lora=[{"name": name, "scale": scale} for name, scale in request.get("lora", ())]
+            if body.lora is None
+            else body.lora,
+            codec=request.get("codec"),
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest
@@ -137,6 +143,7 @@ def references_router(
             size=body.size,
             seed=body.seed,
             rewrite_prompt=body.rewrite_prompt,
+            lora=body.lora,
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest

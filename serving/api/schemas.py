@@ -46,6 +46,15 @@ class CreateVideoRequest(BaseModel):
     guidance_scale: float | None = Field(
         default=None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
     )
+    guidance_interval: list[float] | None = Field(
+        default=None,
+        description="Guide only the steps within these two shares of the way, such as [0.2, 0.8]; the others take half "
+        "the work. All of them when it is left out.",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="`fast` or `faster`: ask the model in fewer of the steps, at some cost in quality; `off` if null.",
+    )
     rewrite_prompt: bool | None = Field(
         default=None, description="Whether a loose prompt is made a detailed one first; the service's default if null."
     )
@@ -56,6 +65,11 @@ class CreateVideoRequest(BaseModel):
         default=None,
         description="Other prompts from a time on, as objects with `start_seconds` and `prompt`; causal models only.",
     )
+    lora: str | dict[str, Any] | list[Any] | None = Field(
+        default=None,
+        description="The model's LoRAs to use: a name, an object with `name` and `scale` (1 if left out), or a list.",
+    )
+    codec: str | None = Field(default=None, description="What encodes it: `h264`, `av1` or `vp9`; the first if null.")
     webhook_url: str | None = Field(
         default=None, description="What to call when the video has ended, with a signed event."
     )
@@ -86,6 +100,9 @@ class RemixVideoRequest(BaseModel):
         default=None, description="The video's own when it is left out; random for an upload."
     )
     rewrite_prompt: bool | None = Field(default=None, description="As in `POST /v1/videos`.")
+    lora: str | dict[str, Any] | list[Any] | None = Field(
+        default=None, description="As in `POST /v1/videos`; the video's own when it is left out."
+    )
     webhook_url: str | None = Field(default=None, description="As in `POST /v1/videos`.")
     stream: bool = Field(default=False, description="As in `POST /v1/videos`.")
 
@@ -158,6 +175,11 @@ class ScenePrompt(BaseModel):
     prompt: str
 
 
+class LoraScale(BaseModel):
+    name: str
+    scale: float
+
+
 class VideoObject(BaseModel):
     """OpenAI's video object, every key always there, and what it takes to make the same video again."""
 
@@ -180,7 +202,11 @@ class VideoObject(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     best_of: int
+    guidance_interval: tuple[float, float]
+    cache: str
     scene_prompts: list[ScenePrompt]
+    lora: list[LoraScale]
+    codec: str
     estimated_seconds_left: float | None = Field(
         default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
     )
@@ -207,9 +233,13 @@ def video_object(video: Video, *, estimated_seconds_left: float | None = None) -
         num_inference_steps=video.request["num_inference_steps"],
         guidance_scale=video.request["guidance_scale"],
         best_of=video.request.get("best_of", 1),
+        guidance_interval=video.request.get("guidance_interval", (0.0, 1.0)),
+        cache=video.request.get("cache", "off"),
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
+        lora=[LoraScale(name=name, scale=scale) for name, scale in video.request.get("lora", ())],
+        codec=video.request.get("codec", "h264"),
         estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 
@@ -251,6 +281,7 @@ class ModelObject(BaseModel):
     owned_by: str = "rushes"
     realtime: bool = Field(description="Whether there may be interactive sessions on it, at `/v1/realtime`.")
     limits: ModelLimits
+    loras: list[str] = Field(description="What `lora` may name.")
 
 
 class ModelList(BaseModel):
@@ -278,6 +309,7 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
             default_guidance_scale=manifest.sampler.guidance_scale,
             max_prompt_characters=limits.max_prompt_characters,
         ),
+        loras=[lora.name for lora in manifest.loras],
     )
 
 

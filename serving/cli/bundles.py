@@ -30,6 +30,13 @@ def export(
             "transformer_2 for one that belongs to the second expert.",
         ),
     ] = None,
+    named_lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=[PART=]PATH[:SCALE]",
+            help="A LoRA that is kept apart from the weights, for requests to name; may be given several times.",
+        ),
+    ] = None,
 ) -> None:
     """Turn a diffusers checkpoint into a bundle, and prove the bundle equal to it. One that fails is not written.
 
@@ -38,6 +45,7 @@ def export(
     try:
         from export.checkpoint import export_checkpoint
         from export.lora import Adapter
+        from export.named_lora import NamedLora
         from export.onnx import ExportError
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'rushes[export]'", BAD_INPUT)
@@ -50,6 +58,7 @@ def export(
                     progress=lambda said: status.update(plain(said)),
                     verify=verify,
                     adapters=[Adapter.parse(text) for text in lora or ()],
+                    loras=NamedLora.parse(named_lora or ()),
                 )
             except ExportError as error:
                 fail(str(error), BAD_INPUT)

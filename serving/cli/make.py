@@ -37,6 +37,14 @@ def generate(
         typer.Option("--rewrite/--no-rewrite", help="Make a detailed prompt of a loose one; on if the model can."),
     ] = None,
     best_of: Annotated[int | None, typer.Option(help="Make so many and keep the one nearest to the prompt.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="fast or faster: ask the model in fewer of the steps, at some cost in quality.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:SCALE]", help="One of the bundle's LoRAs, and how much of it; may be repeated."),
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="h264, av1 or vp9; h264 when left out.")] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -63,6 +71,9 @@ def generate(
             rewrite_prompt=rewrite,
             best_of=best_of,
             scene_prompts=[_scene(text) for text in scene or ()],
+            cache=cache,
+            lora=[_lora(text) for text in lora or ()],
+            codec=codec,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)
@@ -108,3 +119,12 @@ def _scene(text: str) -> dict[str, object]:
         return {"start_seconds": float(start), "prompt": prompt if colon else None}
     except ValueError:
         raise ConfigError(f"--scene must be SECONDS:PROMPT, not {text!r}") from None
+
+
+def _lora(text: str) -> dict[str, object]:
+    """`style:0.8` as an entry of `lora`."""
+    name, colon, scale = text.partition(":")
+    try:
+        return {"name": name, "scale": float(scale) if colon else 1.0}
+    except ValueError:
+        raise ConfigError(f"--lora must be NAME:SCALE, not {text!r}") from None

@@ -7,6 +7,8 @@ import re
 import secrets
 
 from models.bundle import Manifest
+from serving.media.fmp4 import CODECS, Codec
+from serving.pipeline.shortcuts import CACHES, Cache
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.text import clean_prompt
 
@@ -14,6 +16,8 @@ MAX_SEED = 2**63 - 1
 MAX_BEST_OF = 8
 _MAX_SCENES = 100
 MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 20.0
+# A LoRA at a negative scale turns away from what it was trained for.
+MAX_LORA_SCALE = 4.0
 
 
 class InvalidRequest(ValueError):  # noqa: N818
@@ -38,13 +42,18 @@ def make_spec(
     scene_prompts: object = None,
     rewrite_prompt: object = None,
     best_of: object = None,
+    guidance_interval: object = None,
+    cache: object = None,
+    lora: object = None,
+    codec: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
 ) -> VideoSpec:
     """Check everything against the bundle's limits; `None` means the default, and for `seed` a random one.
 
     `seconds` may be a number or, as in OpenAI's API, a string of digits; `size` is "WIDTHxHEIGHT" in pixels;
-    `scene_prompts` is a list of objects with `start_seconds` and `prompt`. Values come straight from JSON, so their
+    `scene_prompts` is a list of objects with `start_seconds` and `prompt`; `lora` is a name, an object with `name` and
+    perhaps `scale`, or a list of such. Values come straight from JSON, so their
     types are checked too. `can_rewrite` says whether there is a rewriter (`None`: if the bundle has one),
     `rewrite_by_default` what a `rewrite_prompt` of `None` means. Raises `InvalidRequest` for the first parameter that
     won't do.
@@ -72,6 +81,10 @@ def make_spec(
         rewrite_prompt=_rewrite_prompt(rewrite_prompt, can_rewrite, rewrite_by_default),
         best_of=_best_of(manifest, best_of),
         scene_prompts=_scenes(manifest, scene_prompts, length),
+        guidance_interval=_interval(guidance_interval),
+        cache=_cache(cache),
+        lora=_loras(manifest, lora),
+        codec=_codec(codec),
     )
 
 
@@ -106,6 +119,38 @@ def _best_of(manifest: Manifest, value: object) -> int:
     return count
 
 
+def _codec(value: object) -> Codec:
+    if value is None:
+        return CODECS[0]
+    for codec in CODECS:
+        if value == codec:
+            return codec
+    raise InvalidRequest("codec", f"codec must be one of {', '.join(CODECS)}, not {_kind(value)}")
+
+
+def _loras(manifest: Manifest, value: object) -> tuple[tuple[str, float], ...]:
+    param, known = "lora", [lora.name for lora in manifest.loras]
+    if value is None or value == []:
+        return ()
+    found: dict[str, float] = {}
+    for item in value if isinstance(value, list) else [value]:
+        asked = {"name": item} if isinstance(item, str) else item
+        if not isinstance(asked, dict) or "name" not in asked or not asked.keys() <= {"name", "scale"}:
+            raise InvalidRequest(param, f"{param} must be a name, or an object with a name and perhaps a scale")
+        name, scale = asked["name"], asked.get("scale", 1.0)
+        if name not in known:
+            served = f"one of {', '.join(known)}" if known else "left out: this model has none"
+            raise InvalidRequest(param, f"{param} must be {served}, and not {_short(name)!r}")
+        if name in found:
+            raise InvalidRequest(param, f"{param} names {name} twice")
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) <= MAX_LORA_SCALE:
+            raise InvalidRequest(
+                param, f"{param} must have a scale between {-MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g} for {name}"
+            )
+        found[name] = float(scale)
+    return tuple(found.items())
+
+
 def _whole(param: str, value: object, default: int, low: int, high: int) -> int:
     if value is None:
         return default
@@ -130,6 +175,23 @@ def _guidance_scale(value: object, default: float) -> float:
             param, f"{param} must be between {MIN_GUIDANCE_SCALE:g} and {MAX_GUIDANCE_SCALE:g}, not {_short(value)}"
         )
     return float(value)
+
+
+def _interval(value: object) -> tuple[float, float]:
+    param = "guidance_interval"
+    if value is None:
+        return 0.0, 1.0
+    match value:
+        case [int() | float() as one, int() | float() as other] if 0 <= min(one, other) <= max(one, other) <= 1:
+            return float(min(one, other)), float(max(one, other))
+    raise InvalidRequest(param, f"{param} must be two numbers from 0 to 1, not {_short(value)}")
+
+
+def _cache(value: object) -> Cache:
+    for choice in CACHES:
+        if value == choice or (value is None and choice == "off"):
+            return choice
+    raise InvalidRequest("cache", f"cache must be one of {', '.join(CACHES)}, not {_short(value)}")
 
 
 def _scenes(manifest: Manifest, value: object, seconds: int) -> tuple[tuple[float, str], ...]:

@@ -5,27 +5,24 @@ Set RUSHES_SCREENSHOTS to a directory to keep the pictures that are taken on the
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from making import FPS, Making, queued
+from browser import Page, chromium, needs_chromium
+from making import FPS, Making, made_fragments, queued
 from service import Service, WholeService, served, until
 
 from models.bundle import Bundle
+from serving.media.fmp4 import Codec
 from serving.pipeline.local import LocalPipeline
 
-playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: install the `chromium` package")
+pytestmark = needs_chromium
 
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 # Blue of the frame that is shown after a seek to `seconds`, in the middle of the picture.
 _BLUE_AT = """async ([seconds]) => {
     const video = document.getElementById("player");
@@ -55,33 +52,18 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Any]:
-    async with playwright.async_playwright() as started:
-        opened = await started.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
-        yield opened
-        await opened.close()
+    async with chromium() as started:
+        yield started
 
 
-class Page:
-    """One tab, and everything that went wrong in it."""
-
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        self.errors: list[str] = []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
-
-    async def until(self, condition: str) -> None:
-        """Bounded by the test's own time limit. Asked from outside: the page's policy allows no `eval` in it."""
-        while not await self.page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 - nothing here can set an event
-            await asyncio.sleep(0.02)
-
+class Viewer(Page):
     async def blue_at_frame(self, frame: int) -> float:
         blue: float = await self.page.evaluate(_BLUE_AT, [(frame + 0.5) / FPS])
         return blue
 
 
-async def opened(browser: Any, client: httpx.AsyncClient, place: str = "", size: str = "desktop") -> Page:
-    page = Page(await browser.new_page(viewport=SIZES[size]))
+async def opened(browser: Any, client: httpx.AsyncClient, place: str = "", size: str = "desktop") -> Viewer:
+    page = Viewer(await browser.new_page(viewport=SIZES[size]))
     await page.page.goto(f"{client.base_url}/{place}")
     return page
 
@@ -126,6 +108,22 @@ async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_ret
     assert abs(await late.blue_at_frame(44) - 220) < 8
     assert await late.page.evaluate("document.getElementById('player').duration") == pytest.approx(45 / FPS, abs=0.01)
     assert late.errors == []
+
+
+@pytest.mark.parametrize(("codec", "name"), [("av1", "av01.0.00M.08"), ("vp9", "vp09.00.10.08")])
+async def test_other_codecs_play_too(
+    service: Service, client: httpx.AsyncClient, browser: Any, codec: Codec, name: str
+) -> None:
+    making = await Making.begun(service, await queued(client, codec=codec))
+    assert making.video.request["codec"] == codec
+    making.fragments = made_fragments(codec)
+    viewer = await opened(browser, client, f"#{making.id}")
+    await making.show(0, 1)
+    await viewer.until("document.getElementById('player').currentTime > 0.5")
+    assert abs(await viewer.blue_at_frame(20) - 100) < 8
+    playlist = await client.get(f"/v1/videos/{making.id}/hls/master.m3u8")
+    assert f'CODECS="{name}"' in playlist.text
+    assert viewer.errors == []
 
 
 async def test_asking_from_the_keyboard_alone(service: Service, client: httpx.AsyncClient, browser: Any) -> None:

@@ -182,7 +182,11 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "negative_prompt": "",
         "guidance_scale": 2.0,
         "best_of": 1,
+        "guidance_interval": [0.0, 1.0],
+        "cache": "off",
         "scene_prompts": [],
+        "lora": [],
+        "codec": "h264",
     }
     assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
     assert service.wakes == 1

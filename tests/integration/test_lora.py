@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import save_adapter
 from diffusers import WanPipeline
 from diffusers.loaders import WanLoraLoaderMixin
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import tiny_transformer
 
 from export.checkpoint import export_checkpoint
 from export.lora import Adapter, merge
 from export.onnx import ExportError
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
 def transformer() -> Any:
@@ -37,17 +35,7 @@ def adapter(tmp_path: Path) -> Callable[..., Path]:
     """A file as diffusers' training scripts save it, with random weights."""
 
     def make(seed: int = 1, **config: Any) -> Path:
-        model = transformer()
-        model.add_adapter(LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | config))
-        torch.manual_seed(seed)
-        layers = {name: 0.2 * torch.randn_like(value) for name, value in get_peft_model_state_dict(model).items()}
-        folder = tmp_path / f"lora-{seed}"
-        WanPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
-        )
-        return folder / "pytorch_lora_weights.safetensors"
+        return save_adapter(transformer(), tmp_path / f"lora-{seed}", seed, **config)
 
     return make
 
