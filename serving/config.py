@@ -41,7 +41,10 @@ class _Strict(BaseModel):
 class AutoscalingConfig(_Strict):
     """How many replicas a stage has. Handed to Ray Serve, which would accept a misspelt key in silence."""
 
-    min_replicas: PositiveInt = Field(default=1, description="Replicas that are always there.")
+    min_replicas: NonNegativeInt = Field(
+        default=1,
+        description="Replicas that are always there; with 0 an idle model goes, and its next video waits for it.",
+    )
     max_replicas: PositiveInt = Field(default=1, description="Replicas there may be at most.")
     target_ongoing_requests: PositiveFloat = Field(default=4.0, description="Requests a replica should have in hand.")
     upscale_delay_seconds: NonNegativeFloat = Field(

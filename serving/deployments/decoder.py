@@ -12,6 +12,7 @@ from models.bundle import Bundle
 from serving.config import DecoderConfig, ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.scaling import stats_of
 from serving.logs import about
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
@@ -34,6 +35,10 @@ class DecoderDeployment:
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `VideoPolicy`."""
+        return stats_of(self._stage.state)
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, trace: Carrier = NOWHERE) -> Fragment:
         with about(video_id=video_id), span("decode", trace, chunk=chunk.index):

@@ -89,7 +89,8 @@ class EngineDecoder:
     @property
     def state(self) -> StageState:
         """How it stands, in chunks."""
-        return StageState(self._calls - self._running, self._running, self._pace.seconds(self._latents))
+        seconds = self._pace.seconds(self._latents)
+        return StageState(self._calls - self._running, self._running, seconds, self._pace.busy_seconds)
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         frames = await self._frames(video_id, spec.seed, chunk)
