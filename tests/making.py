@@ -49,6 +49,8 @@ class Making:
             start, stop = CHUNKS[index]
             fragment = self.fragments[index]
             await self.writer.append(index, start, stop - start, fragment.init, fragment.data)
+            if self.service.storage.copies is not None:
+                await self.service.storage.copies.put(self.writer.log, index)
 
     async def complete(self) -> None:
         await self.writer.close()

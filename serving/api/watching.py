@@ -6,7 +6,7 @@ import asyncio
 import json
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
 
 from fastapi.responses import StreamingResponse
@@ -36,10 +36,12 @@ class Watch:
         self.video = video
         self.log = FragmentLog.open(storage.artifacts.videos_dir, video.id)
         self._store = storage.videos
+        self._copies = storage.copies
 
     async def entries(self, from_fragment: int = 0) -> AsyncGenerator[LogEntry, None]:
         """As `FragmentLog.watch`, until the log is closed. Raises `LogFailed` when the video fails."""
-        async with aclosing(self.log.watch(from_fragment, ask_end=self.end_in_store)) as entries:
+        following = self._copies.following(self.video.id) if self._copies else nullcontext()
+        async with following, aclosing(self.log.watch(from_fragment, ask_end=self.end_in_store)) as entries:
             async for entry in entries:
                 yield entry
 
@@ -66,6 +68,8 @@ class Watch:
         video = await self._store.get(self.video.id)
         if video is None or video.deleted_at is not None:
             return LogEnd("video_deleted", "The video is gone.")
+        if self._copies is not None:
+            await self._copies.catch_up(video)
         if video.status is VideoStatus.FAILED:
             return LogEnd(video.error_code or "failed", video.error_message or "The video failed.")
         return LogEnd() if video.status is VideoStatus.COMPLETED else None

@@ -19,6 +19,7 @@ from serving.jobs.artifacts import Artifact, Artifacts, checkpoint_key, video_ke
 from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.keeper import Keeper
+from serving.jobs.log_copies import LogCopies
 from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
 from serving.jobs.video import BATCH
 from serving.logs import about
@@ -66,10 +67,17 @@ class Attempt:
     """Drives a claimed video to its end, unless its fence goes stale or the runner must go."""
 
     def __init__(
-        self, video: Video, stages: Stages, store: VideoStore, artifacts: Artifacts, settings: AttemptSettings
+        self,
+        video: Video,
+        stages: Stages,
+        store: VideoStore,
+        artifacts: Artifacts,
+        settings: AttemptSettings,
+        copies: LogCopies | None = None,
     ) -> None:
+        """`copies` is where other machines get the fragments from, if they don't see the log itself."""
         self._video, self._stages, self._settings = video, stages, settings
-        self._store, self._artifacts = store, artifacts
+        self._store, self._artifacts, self._copies = store, artifacts, copies
         self._finished: dict[str, Artifact] = {}
         self._log_bytes = 0
         self._spec = VideoSpec(**video.request)
@@ -132,6 +140,8 @@ class Attempt:
         writer = await FragmentLog.create(directory, video.id, fence=video.fence, origin=identity)
         self._keeper = Keeper(self._artifacts, video.id, identity, writer.check_fence)
         self._frames_done = writer.frames
+        if self._copies is not None:
+            await self._copies.put_missing(writer.log)
         # An attempt that ended between the last fragment and the finished file left nothing to be denoised or decoded.
         if not writer.trusted or writer.frames < spec.frames:
             await self._generate(writer, self._keeper)
@@ -141,6 +151,8 @@ class Attempt:
     async def _generate(self, writer: LogWriter, keeper: Keeper) -> None:
         async def append(fragment: Fragment) -> None:
             await writer.append(fragment.index, fragment.first_frame, fragment.frames, fragment.init, fragment.data)
+            if self._copies is not None:
+                await self._copies.put(writer.log, fragment.index)
             self._frames_done = writer.frames
             if fragment.index >= writer.trusted:
                 self._appended += 1
