@@ -36,6 +36,8 @@ GPU_GIB: Mapping[str, float] = {
     "H200": 141,
     "B200": 180,
 }
+# Rendered charts are long.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _STAGES = {"text-encoder": "text_encoder", "denoiser": "denoiser", "decoder": "decoder"}
 
 
@@ -45,7 +47,9 @@ def check_file(path: Path, gpu_gib: float | None = None) -> list[Finding]:
     Raises `ConfigError` for a file that isn't YAML.
     """
     try:
-        documents = [each for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each is not None]
+        documents = [
+            each for each in yaml.load_all(path.read_text(encoding="utf-8"), Loader=_LOADER) if each is not None
+        ]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
