@@ -302,6 +302,10 @@ def test_the_load_names_every_stage(client: httpx.Client) -> None:
         (model, stage) for model in ("tiny", "tiny-causal") for stage in ("text-encoder", "denoiser", "decoder")
     }
     assert all(stage["replicas"] == stage["target_replicas"] == 1 for stage in load["stages"])
+    assert all((stage["waiting"], stage["in_work"]) == (0, 0) for stage in load["stages"])
+    # The service has made videos, but none since it was last asked.
+    again = client.get("/v1/load").json()["stages"]
+    assert all(0 <= stage["occupancy"] < 0.5 for stage in again)
 
 
 def finished(client: httpx.Client, **asked: Any) -> str:

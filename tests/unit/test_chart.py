@@ -161,6 +161,17 @@ def served(documents: list[dict[str, Any]]) -> ServiceConfig:
     return parse_config(application["args"])
 
 
+def test_the_demos_configuration_builds_its_application_as_it_stands() -> None:
+    from serving.deployments.app import build_app
+
+    (service,) = [
+        each for each in yaml.safe_load_all(render.rendered("demo-cpu")) if each and each["kind"] == "RayService"
+    ]
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert application["import_path"] == "serving.deployments.app:build_app"
+    build_app(application["args"])
+
+
 def test_each_stage_goes_to_its_group(documents: list[dict[str, Any]]) -> None:
     (service,) = [each for each in documents if each["kind"] == "RayService"]
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]

@@ -125,6 +125,7 @@ applications:
     autoscaling_policy:
       policy_function: serving.deployments.scaling:VideoPolicy
       policy_kwargs:
+        target_seconds: {{ .Values.autoscaling.targetSeconds }}
         cold_start_seconds: {{ .Values.autoscaling.coldStartSeconds }}
     {{- end }}
     args:
