@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
@@ -15,9 +13,8 @@ from serving.api.errors import ApiError
 from serving.jobs.fragment_log import FragmentLog, LogEnd, LogEntry, LogFailed
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video, VideoStatus
+from serving.media.trailer import error_box
 
-# The scheme of the event message that ends a failed video.
-ERROR_SCHEME = "urn:rushes:error:2026"
 _PIECE_BYTES = 1 << 17
 
 
@@ -118,13 +115,6 @@ async def follow_video(watch: Watch, from_fragment: int = 0) -> AsyncIterator[by
                     yield piece
     except LogFailed as failure:
         yield error_box(failure.code, failure.message)
-
-
-def error_box(code: str, message: str) -> bytes:
-    """An event message box, version 1 (ISO/IEC 23009-1, 5.10.3.3), whose data is the error as JSON."""
-    data = json.dumps({"code": code, "message": message}).encode()
-    body = struct.pack(">BxxxIQII", 1, 1, 0, 0, 0) + f"{ERROR_SCHEME}\0{code}\0".encode() + data
-    return struct.pack(">I4s", 8 + len(body), b"emsg") + body
 
 
 def stream_headers(video: Video) -> dict[str, str]:

@@ -82,7 +82,7 @@ class Attempt:
         self._log_bytes = 0
         self._spec = VideoSpec(**video.request)
         self._timing = Timing(video, self._spec.frames)
-        self._steps_done = 0.0
+        self._step = StepDone(0, 0)
         self._frames_done = 0
         self._appended = 0
         self._headway_told = 0
@@ -259,11 +259,12 @@ class Attempt:
             _log.warning("%s: its checkpoint could not be removed", self._video.id, exc_info=True)
 
     def _on_step(self, done: StepDone) -> None:
-        self._steps_done = done.step / done.steps
+        self._step = done
 
     def _progress(self) -> int:
         """Whole per cent, never less than an earlier attempt said; 100 is kept for the video that can be downloaded."""
-        part = _STEPS_SHARE * self._steps_done + (1 - _STEPS_SHARE) * self._frames_done / self._spec.frames
+        steps_done = self._step.step / self._step.steps if self._step.steps else 0.0
+        part = _STEPS_SHARE * steps_done + (1 - _STEPS_SHARE) * self._frames_done / self._spec.frames
         return max(self._video.progress, min(99, int(100 * part)))
 
     def _headway(self) -> int:
@@ -273,7 +274,12 @@ class Attempt:
     async def _report_progress(self) -> Video:
         headway = self._headway()
         told = await self._store.set_progress(
-            self._video.id, self._video.fence, self._progress(), headway=headway > self._headway_told
+            self._video.id,
+            self._video.fence,
+            self._progress(),
+            headway=headway > self._headway_told,
+            step=self._step.step,
+            steps=self._step.steps,
         )
         self._headway_told = headway
         return told

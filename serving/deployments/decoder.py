@@ -16,6 +16,7 @@ from serving.deployments.scaling import stats_of
 from serving.logs import about
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
+from serving.pipeline.pace import StageState
 from serving.pipeline.stages import Fragment, LatentChunk, VideoSpec
 from serving.tracing import NOWHERE, Carrier, span
 
@@ -35,6 +36,10 @@ class DecoderDeployment:
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
+
+    async def state(self) -> StageState:
+        """How this replica stands."""
+        return self._stage.state
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `VideoPolicy`."""

@@ -25,6 +25,7 @@ from queries import all_metrics
 from receiver import SECRET, Receiver, receiving
 
 from models.bundle import Bundle
+from serving.bench.observed import between, counts
 from serving.client import Rushes
 from serving.config import ObservabilityConfig, ServiceConfig, WebhookConfig
 from serving.deployments.local import LocalService, free_port, local_service
@@ -303,6 +304,10 @@ def test_the_load_names_every_stage(client: httpx.Client) -> None:
         (model, stage) for model in ("tiny", "tiny-causal") for stage in ("text-encoder", "denoiser", "decoder")
     }
     assert all(stage["replicas"] == stage["target_replicas"] == 1 for stage in load["stages"])
+    assert all((stage["waiting"], stage["in_work"]) == (0, 0) for stage in load["stages"])
+    # The service has made videos, but none since it was last asked.
+    again = client.get("/v1/load").json()["stages"]
+    assert all(0 <= stage["occupancy"] < 0.5 for stage in again)
 
 
 def finished(client: httpx.Client, **asked: Any) -> str:
@@ -333,6 +338,9 @@ def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) 
     scraped = until(samples, lambda found: exported_names() | all_metrics() <= found.keys())
     stages = {(labels["model"], labels["stage"]) for labels in scraped["ray_rushes_stage_call_seconds_count"]}
     assert {("tiny", "text-encoder"), ("tiny", "denoiser"), ("tiny", "decoder")} <= stages
+    observed = between({}, counts(httpx.get(page).text), wall_seconds=60, completed=1, latency_seconds=None)
+    assert observed.occupancy.keys() == observed.calls.keys() == {"text-encoder", "denoiser", "decoder"}
+    assert observed.rows is not None
     assert all(labels["model"] in ("tiny", "tiny-causal") for labels in scraped["ray_rushes_videos_ended_total"])
     assert {labels["state"] for labels in scraped["ray_rushes_jobs"]} == {"queued", "held", "in_progress", "lapsed"}
 
