@@ -32,7 +32,7 @@ _SHUTDOWN_LOOK_SECONDS = 0.2
 # How soon Ray sees that a replica has died, and starts another; its default is 10 s.
 _HEALTH_LOOK_SECONDS = 2.0
 # Load is averaged over so long before anything is decided by it; Ray's 30 s would be most of a short video.
-_LOOK_BACK_SECONDS = 10.0
+_LOOK_BACK_SECONDS = 12.0
 
 
 def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Application:

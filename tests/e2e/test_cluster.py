@@ -15,8 +15,11 @@ import pytest
 import yaml
 
 from k8s import render
+from serving.config import MINI_BUNDLE
 from serving.deployments.local import free_port
 
+# As production's values call theirs.
+MODEL = "wan"
 GPUS = {"text_encoder": 1, "denoiser": 3, "decoder": 2}
 VIDEOS = int(os.environ.get("RUSHES_CLUSTER_VIDEOS", "12"))
 # Read by Ray's processes when they start. Metrics come sooner, and a busy machine isn't taken for a dead one.
@@ -42,11 +45,11 @@ def serve_config(tmp_path: Path, port: int) -> dict[str, Any]:
 
     values = {
         "config": {
-            "models": None,
-            "artifacts_url": None,
+            "models": {MODEL: str(MINI_BUNDLE)},
+            "artifacts_url": f"file://{tmp_path}/artifacts",
             "data_dir": str(tmp_path / "data"),
             "require_keys": False,
-            "observability": {"traces_url": None},
+            "observability": {"traces_share": 0},
             "runner": {"num_cpus": 0.1, "replicas": 1, "max_videos": VIDEOS},
             "api": {"num_cpus": 0.1, "replicas": 1},
             **{stage: scaled(most) for stage, most in GPUS.items()},
@@ -65,7 +68,12 @@ def serve_config(tmp_path: Path, port: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def config(tmp_path: Path) -> dict[str, Any]:
+    return serve_config(tmp_path, free_port())
+
+
+@pytest.fixture
+def cluster(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     import ray
@@ -90,26 +98,24 @@ def targets(serve: Any) -> tuple[int, int]:
     deployments = serve.status().applications["rushes"].deployments
     counts = []
     for stage in ("denoiser", "decoder"):
-        states = deployments[f"mini-{stage}"].replica_states
+        states = deployments[f"{MODEL}-{stage}"].replica_states
         counts.append(sum(count for state, count in states.items() if state != "STOPPING"))
     return counts[0], counts[1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_load_raises_denoisers_then_decoders_and_idle_lowers_them(cluster: None, tmp_path: Path) -> None:
+def test_load_raises_denoisers_then_decoders_and_idle_lowers_them(cluster: None, config: dict[str, Any]) -> None:
     from ray import serve
     from ray.serve import context
     from ray.serve.schema import ServeDeploySchema
 
-    port = free_port()
-    config = serve_config(tmp_path, port)
     serve.start(proxy_location="HeadOnly", http_options=config["http_options"])
     try:
         client = context._get_global_client()
         client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
         assert targets(serve) == (1, 1)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{config['http_options']['port']}", timeout=60) as http:
             asked = {"prompt": "a red ball bouncing", "seconds": 2, "num_inference_steps": 40}
             ids = [http.post("/v1/videos", json=asked | {"seed": n}).json()["id"] for n in range(VIDEOS)]
             trace = [(1, 1)]
