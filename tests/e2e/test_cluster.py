@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def cluster(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator
         made.add_node(num_cpus=4, labels={"rushes.dev/stage": "front"}, wait=False, **memory)
         for stage, gpus in GPUS.items():
             made.add_node(num_cpus=4, num_gpus=gpus, labels={"rushes.dev/stage": stage}, wait=False, **memory)
-        made.wait_for_nodes()
+        made.wait_for_nodes(timeout=120)
         made.connect()
         yield
     finally:
@@ -103,6 +104,16 @@ def targets(serve: Any) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def wait_until_it_runs(serve: Any, http: httpx.Client) -> None:
+    while True:
+        if application := serve.status().applications.get("rushes"):
+            assert application.status != "DEPLOY_FAILED", application
+            with suppress(httpx.TransportError):
+                if application.status == "RUNNING" and http.get("/health").is_success:
+                    return
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_load_raises_denoisers_then_decoders_and_idle_lowers_them(cluster: None, config: dict[str, Any]) -> None:
@@ -112,10 +123,11 @@ def test_load_raises_denoisers_then_decoders_and_idle_lowers_them(cluster: None,
 
     serve.start(proxy_location="HeadOnly", http_options=config["http_options"])
     try:
-        client = context._get_global_client()
-        client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
-        assert targets(serve) == (1, 1)
+        # Not blocking: Ray waits a minute and no longer.
+        context._get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
         with httpx.Client(base_url=f"http://127.0.0.1:{config['http_options']['port']}", timeout=60) as http:
+            wait_until_it_runs(serve, http)
+            assert targets(serve) == (1, 1)
             asked = {"prompt": "a red ball bouncing", "seconds": 2, "num_inference_steps": 40}
             ids = [http.post("/v1/videos", json=asked | {"seed": n}).json()["id"] for n in range(VIDEOS)]
             trace = [(1, 1)]
