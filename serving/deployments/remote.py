@@ -21,6 +21,7 @@ from serving.deployments.attempt import Stages
 from serving.pipeline.stages import (
     DenoiseEvent,
     DenoiseRequest,
+    EncodedSource,
     Fragment,
     LatentChunk,
     LostSession,
@@ -128,9 +129,9 @@ class RemoteDecoder:
             return
 
     @_ask_another
-    async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        latents: NDArray[np.float32] = await self._handle.encode_frames.remote(frames)
-        return latents
+    async def encode_source(self, frames: NDArray[np.uint8], video_frames: int) -> EncodedSource:
+        source: EncodedSource = await self._handle.encode_source.remote(frames, video_frames)
+        return source
 
     async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
         try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import GraphName, Manifest
+from models.pictures import condition_of
 from models.samplers import SamplerTable, advance
 from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
@@ -50,7 +52,11 @@ class Session(ABC):
         self._latent_shape = latent_shape(manifest, spec)
         tokens = math.prod(self._latent_shape[1:]) // self._patch**2
         clean = manifest.rollout == "causal" or manifest.timesteps_by_frame
-        self._source = _Source(request, self._latent_shape, clean=clean)
+        self._seen = _seen(manifest, request, self._latent_shape)
+        # A picture that is seen as channels is not put into the latents as well.
+        self._source = _Source(
+            replace(request, source=None) if self._seen else request, self._latent_shape, clean=clean
+        )
         skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
@@ -158,6 +164,7 @@ class BidirectionalSession(Session):
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": self._timesteps(),
             "encoder_hidden_states": self._text,
+            **{name: np.repeat(value[None], self.rows, axis=0) for name, value in self._seen.items()},
             **self._loras(),
         }
 
@@ -305,7 +312,8 @@ class _Source:
 
         Raises `ValueError` for latents that don't fit the video's.
         """
-        self._latents, self._draft = request.source, request.spec.strength is not None
+        self._latents = None if request.source is None else request.source.latents
+        self._draft = request.spec.strength is not None
         self._goes_on = False
         self.frames = 0
         self.strength = 1.0 if request.spec.strength is None else request.spec.strength
@@ -362,6 +370,21 @@ class _Held:
         if self._kept is not None:
             level = np.float32(0 if self._clean else sigma)
             state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
+
+
+def _seen(manifest: Manifest, request: DenoiseRequest, shape: tuple[int, int, int, int]) -> dict[str, Floats]:
+    """The inputs, but for their rows, that show a picture to a model that takes it as channels. Raises `ValueError`."""
+    if not manifest.pictured:
+        return {}
+    source = request.source
+    if source is None or request.spec.strength is not None or source.latents.shape != shape:
+        raise ValueError(f"{request.video_id}: {manifest.name} makes a video of one picture, and of nothing else")
+    seen: dict[str, Floats] = {"condition": condition_of(source.latents, manifest.latent.temporal)}
+    if manifest.image is not None:
+        if source.hidden_states is None:
+            raise ValueError(f"{request.video_id}: {manifest.name} needs the picture's hidden states")
+        seen["image_hidden_states"] = source.hidden_states
+    return seen
 
 
 def _scales_of(manifest: Manifest, request: DenoiseRequest) -> Floats:

@@ -14,7 +14,7 @@ from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
 from serving.pipeline.sessions import GOES_ON_STRENGTH, PICTURE_STRENGTH, Session, open_session, skipped_steps
-from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding
+from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk, TextEmbedding
 
 MANIFEST = Manifest(
     name="tiny",
@@ -181,7 +181,7 @@ def begun(
     spec = make_spec(manifest, "a ball", seconds=seconds, seed=7, num_inference_steps=8)
     spec = replace(spec, source="videos/a/source", source_frames=1 + 4 * (frames - 1), strength=strength)
     source = np.full((4, frames, 4, 4), value, np.float32) + np.arange(frames, dtype=np.float32)[:, None, None]
-    return DenoiseRequest("video", spec, text(1), text(-1), source=source)
+    return DenoiseRequest("video", spec, text(1), text(-1), source=EncodedSource(source))
 
 
 @pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
@@ -195,7 +195,7 @@ def test_given_frames_stay_as_they_are_and_the_rest_is_made(manifest: Manifest, 
     assert asked.source is not None
     latents = np.concatenate([chunk.latents for _, chunks in made for chunk in chunks], axis=1)
     assert latents.shape == (4, 9, 4, 4)
-    np.testing.assert_array_equal(latents[:, :given], asked.source)
+    np.testing.assert_array_equal(latents[:, :given], asked.source.latents)
     # A given chunk takes one call: the one that the chunks after it look back on.
     saved = 8 * (given // 3)
     if manifest.rollout == "bidirectional":
@@ -252,7 +252,10 @@ def test_a_source_that_does_not_fit_is_refused() -> None:
     for asked, said in (
         (begun(WHOLE, 9), "none is left to make"),
         (begun(WHOLE, 8, strength=0.5), "a draft has 8 latent frames, the video 9"),
-        (replace(begun(WHOLE, 1), source=np.zeros((4, 1, 4, 6), np.float32)), "the source's latents are"),
+        (
+            replace(begun(WHOLE, 1), source=EncodedSource(np.zeros((4, 1, 4, 6), np.float32))),
+            "the source's latents are",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             open_session(WHOLE, asked)
@@ -273,7 +276,7 @@ def test_a_picture_is_clean_and_at_timestep_0_where_the_model_knows_it_so() -> N
         assert feeds["timestep"].shape == feeds["latents"].shape[:1] + feeds["latents"].shape[2:3]
         assert not feeds["timestep"][:, 0].any()
         assert feeds["timestep"][:, 1:].all()
-        np.testing.assert_array_equal(feeds["latents"][0, :, :1], asked.source)
+        np.testing.assert_array_equal(feeds["latents"][0, :, :1], asked.source.latents)
     plain = open_session(manifest, replace(asked, source=None))
     assert plain.feeds()["timestep"].all()
 
