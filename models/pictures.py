@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 GREY = 127.5
 # The slope of the cubic that PIL resizes with.
 _CUBIC = -0.5
+_FIXED = 1 << 22
 
 Pixels = NDArray[np.uint8]
 
@@ -62,8 +63,9 @@ def _weights(size: int, wanted: int) -> NDArray[np.float64]:
     near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * _CUBIC
     weights = np.where(there, np.where(x < 1, near, np.where(x < 2, far, 0)), 0)
-    normal: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-    return normal
+    # In PIL's fixed point.
+    fixed: NDArray[np.float64] = np.rint(weights / weights.sum(axis=1, keepdims=True) * _FIXED) / _FIXED
+    return fixed
 
 
 def _rounded(values: NDArray[np.float64]) -> Pixels:
