@@ -18,6 +18,7 @@ from pictures import png
 from service import Service, WholeService, assert_envelope
 from tiny import build_tiny_pictured
 from transformers import CLIPImageProcessor
+from typer.testing import CliRunner
 
 from export.captioner import encoders
 from export.proof import LEAST_PSNR, _levels, _take, compare, denoise
@@ -26,6 +27,7 @@ from models.bundle import Bundle, GraphInfo, GraphName, Manifest, TensorInfo, Te
 from models.families import open_checkpoint
 from models.pictures import GREY, condition_of, looked_at, with_grey
 from models.wan_family import WanFamily
+from serving.cli import app
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
 from serving.measuring import _call
 from serving.pipeline.local import LocalPipeline
@@ -92,7 +94,7 @@ async def test_a_video_is_what_diffusers_makes_of_the_picture(
     assert min(compare(_levels(pixels / 2 + 0.5), expected)) >= LEAST_PSNR
 
 
-async def test_through_the_service(tiny_pictured_bundle: Bundle, tmp_path: Path) -> None:
+async def test_through_the_service_and_by_the_command(tiny_pictured_bundle: Bundle, tmp_path: Path) -> None:
     async with LocalPipeline.open(tiny_pictured_bundle) as pipeline:
         service = WholeService(tiny_pictured_bundle, pipeline, tmp_path)
         async with service.running() as client:
@@ -113,6 +115,16 @@ async def test_through_the_service(tiny_pictured_bundle: Bundle, tmp_path: Path)
 
             first, again, other = await made(1), await made(1), await made(2)
     assert first == again != other
+    (tmp_path / "a.png").write_bytes(png(picture(1)))
+    options = ["a red ball", "--seconds", "1", "--size", "64x64", "--seed", "7", "--steps", "3"]
+    options += ["--bundle", str(tiny_pictured_bundle.root), "-o", str(tmp_path / "a.mp4")]
+    asked = ["generate", *options, "--picture", str(tmp_path / "a.png")]
+    result = await asyncio.to_thread(CliRunner().invoke, app, asked)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.mp4").read_bytes() == first
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["generate", *options])
+    assert result.exit_code != 0
+    assert "makes videos of a picture" in " ".join(result.output.split())
 
 
 async def test_without_a_picture_there_is_no_video(tiny_pictured_bundle: Bundle, tmp_path: Path) -> None:
