@@ -125,7 +125,7 @@ PICTURED_SETTINGS = SETTINGS | {
     "limits": {
         "default_size": [64, 64],
         "min_side": 64,
-        "max_side": 64,
+        "max_side": 96,
         "size_multiple": 16,
         "default_seconds": 1,
         "max_seconds": 1,
