@@ -131,6 +131,7 @@ async def test_without_a_picture_there_is_no_video(tiny_pictured_bundle: Bundle,
     service = Service(tiny_pictured_bundle, tmp_path)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(service.api), base_url="http://test") as client:
         assert_envelope(await client.post("/v1/videos", json=ASKED), 400, "input_reference")
+        assert (await client.get("/v1/models/tiny")).json()["needs_picture"]
     assert service.created() == 0
 
 
