@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from export import captioner, words
 from export.onnx import ExportError
 from models.bundle import CaptionerInfo, RewriterInfo
@@ -33,7 +31,5 @@ class SmallModels:
                 raise ExportError(f"A captioner reads the latents of Wan's VAE, not {family.name}'s.")
             graphs += captions[1]
         if isinstance(family, WanFamily):
-            # What follows a picture is grey, which is between two whole numbers.
-            dtype = torch.float32 if family.pictured else torch.uint8
-            graphs += captioner.encoders(family.checkpoint, family.latent, dtype)
+            graphs += captioner.encoders(family.checkpoint, family.latent)
         return cls(rewriter[0] if rewriter else None, captions[0] if captions else None, tuple(graphs))

@@ -52,16 +52,6 @@ def tiny_experts_bundle(request: pytest.FixtureRequest) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def tiny_pictured_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _checkpoint(tmp_path_factory, "tiny_pictured")
-
-
-@pytest.fixture(scope="session")
-def tiny_pictured_bundle(request: pytest.FixtureRequest) -> Bundle:
-    return request.config.stash[_EXPORTS].bundle("tiny_pictured")
-
-
-@pytest.fixture(scope="session")
 def tiny_ltx_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _checkpoint(tmp_path_factory, "tiny_ltx")
 

@@ -30,7 +30,6 @@ def build(name: str, path: Path) -> None:
         "tiny": (tiny.build_tiny_checkpoint, {}),
         "tiny_causal": (tiny.build_tiny_checkpoint, {"causal": True}),
         "tiny_experts": (tiny.build_tiny_checkpoint, {"experts": True}),
-        "tiny_pictured": (tiny.build_tiny_pictured, {}),
         "tiny_ltx": (tiny.build_tiny_ltx, {}),
         "tiny_cogvideox": (tiny.build_tiny_cogvideox, {"newer": True}),
     }

@@ -138,12 +138,14 @@ def build_tiny_pictured(path: Path, *, experts: bool = False) -> None:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     clip: dict[str, Any] = {} if experts else {"image_dim": TEXT_DIM, "added_kv_proj_dim": 24}
+    # In this order, so that they have the weights that the experts' checkpoint has.
+    text_encoder, vae = tiny_text_encoder(tokenizer.get_vocab_size()), tiny_vae(residual=False, smaller=8)
     # Latents, the mask of their four frames each, and the picture's latents.
     transformers = [tiny_transformer(in_channels=2 * CHANNELS + 4, **clip) for _ in range(1 + experts)]
     WanImageToVideoPipeline(
         tokenizer=wrapped(tokenizer),
-        text_encoder=tiny_text_encoder(tokenizer.get_vocab_size()),
-        vae=tiny_vae(residual=False, smaller=8),
+        text_encoder=text_encoder,
+        vae=vae,
         transformer=transformers[0],
         transformer_2=transformers[1] if experts else None,
         boundary_ratio=BOUNDARY_RATIO if experts else None,

@@ -26,6 +26,7 @@ class EngineEncoder:
         """`image` is the engine of `image_encoder`, for a manifest with `image`."""
         self._first, self._following, self._image = first, following, image
         self._manifest = manifest
+        # Float32, and in bundles of before uint8.
         self._dtype = first.inputs["frames"][0]
         self._group = manifest.latent.temporal
         self._cell = manifest.latent.spatial * manifest.latent.patch

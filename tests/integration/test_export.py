@@ -124,7 +124,7 @@ def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
             {"latents": "float32"} | dict.fromkeys(caches, "float32"),
             decoded | {f"next_{name}": "float32" for name in caches},
         ),
-        "encoder_first": ({"frames": "uint8"}, {"latents": "float32"} | dict.fromkeys(encoder_caches, "float32")),
+        "encoder_first": ({"frames": "float32"}, {"latents": "float32"} | dict.fromkeys(encoder_caches, "float32")),
         "encoder_next": (
             {"frames": "uint8"} | dict.fromkeys(encoder_caches, "float32"),
             {"latents": "float32"} | {f"next_{name}": "float32" for name in encoder_caches},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import shutil
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -21,9 +23,12 @@ from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
 from export.captioner import encoders
-from export.proof import LEAST_PSNR, _levels, _take, compare, denoise
+from export.checkpoint import _graph
+from export.onnx import WeightFile
+from export.proof import LEAST_PSNR, _levels, _take, compare, denoise, prove
 from export.settings import CheckpointSettings
-from models.bundle import Bundle, GraphInfo, GraphName, Manifest, TensorInfo, TextInfo
+from export.tensorrt import export_plans, open_target
+from models.bundle import MANIFEST, Bundle, FileInfo, GraphInfo, GraphName, Manifest, TensorInfo, TextInfo, sha256_of
 from models.families import open_checkpoint
 from models.pictures import GREY, condition_of, looked_at, with_grey
 from models.wan_family import WanFamily
@@ -41,13 +46,61 @@ SIDE, STEPS, SEED = 64, 3, 7
 ASKED = {"prompt": "a red ball", "seconds": 1, "size": "64x64", "seed": SEED, "num_inference_steps": STEPS}
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "pictured"
+    build_tiny_pictured(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tiny_experts_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The text encoder and the VAE are exported already, in the bundle of the experts: only the rest is here."""
+    folder = tmp_path_factory.mktemp("bundles") / "pictured"
+    shutil.copytree(tiny_experts_bundle.root, folder)
+    for name in ("denoiser", "denoiser_2"):
+        for suffix in ("onnx", "weights"):
+            (folder / f"{name}.{suffix}").unlink()
+    settings = CheckpointSettings.load(checkpoint)
+    plan = settings.plan(checkpoint)
+    family = open_checkpoint(checkpoint, plan)
+    graphs = family.graphs(plan)
+    old = tiny_experts_bundle.manifest
+    infos = {name: info for name, info in old.graphs.items() if name != "denoiser_2"}
+    for graph in graphs:
+        if graph.name in ("denoiser", "image_encoder"):
+            infos[graph.name] = _graph(graph, WeightFile(folder / graph.weights), folder, print, verify=True)
+    manifest = old.model_copy(
+        update={
+            "name": "tiny-pictured",
+            "experts": None,
+            "rewriter": None,
+            "captioner": None,
+            "image": family.image,
+            "text": old.text.model_copy(update={"max_tokens": settings.max_tokens}),
+            "limits": settings.limits,
+            "graphs": infos,
+            "files": {
+                path.name: FileInfo(sha256=sha256_of(path), bytes=path.stat().st_size)
+                for path in folder.iterdir()
+                if path.name != MANIFEST
+            },
+        }
+    )
+    manifest = manifest.model_copy(update={"proof": prove(family, graphs, manifest, folder)})
+    (folder / MANIFEST).write_text(manifest.model_dump_json(exclude_none=True))
+    made = Bundle.load(folder)
+    made.verify()
+    return made
+
+
 def picture(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     squares = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return np.ascontiguousarray(squares.repeat(SIDE // 8, axis=0).repeat(SIDE // 8, axis=1))
 
 
-def test_the_bundle_is_proven_with_a_picture(tiny_pictured_bundle: Bundle) -> None:
-    manifest = tiny_pictured_bundle.manifest
+def test_the_bundle_is_proven_with_a_picture(bundle: Bundle) -> None:
+    manifest = bundle.manifest
     assert manifest.pictured
     assert manifest.image is not None
     assert manifest.proof is not None
@@ -59,12 +112,10 @@ def test_the_bundle_is_proven_with_a_picture(tiny_pictured_bundle: Bundle) -> No
         assert max(graph.parity.values()) <= 1e-4
 
 
-async def test_a_video_is_what_diffusers_makes_of_the_picture(
-    tiny_pictured_bundle: Bundle, tiny_pictured_checkpoint: Path
-) -> None:
-    manifest = tiny_pictured_bundle.manifest
+async def test_a_video_is_what_diffusers_makes_of_the_picture(bundle: Bundle, checkpoint: Path) -> None:
+    manifest = bundle.manifest
     spec = replace(make_spec(manifest, **ASKED), source="picture", source_frames=1)
-    async with LocalPipeline.open(tiny_pictured_bundle) as pipeline:
+    async with LocalPipeline.open(bundle) as pipeline:
         assert pipeline.encoder is not None
         texts = [await pipeline.text_encoder.encode(prompt) for prompt in ("a red ball", "")]
 
@@ -82,9 +133,7 @@ async def test_a_video_is_what_diffusers_makes_of_the_picture(
         with pytest.raises(ValueError, match="makes a video of one picture, not of 2 frames"):
             await pipeline.encoder.encode_source(np.stack([picture(1)] * 2), spec.frames)
 
-    family = open_checkpoint(
-        tiny_pictured_checkpoint, CheckpointSettings.load(tiny_pictured_checkpoint).plan(tiny_pictured_checkpoint)
-    )
+    family = open_checkpoint(checkpoint, CheckpointSettings.load(checkpoint).plan(checkpoint))
     noise = torch.from_numpy(_Noise(SEED).draw(latents.shape)[None])
     take = replace(_take(manifest), prompt="a red ball", noise=noise, frames=spec.frames, picture=picture(1))
     assert take.steps == STEPS
@@ -94,9 +143,9 @@ async def test_a_video_is_what_diffusers_makes_of_the_picture(
     assert min(compare(_levels(pixels / 2 + 0.5), expected)) >= LEAST_PSNR
 
 
-async def test_through_the_service_and_by_the_command(tiny_pictured_bundle: Bundle, tmp_path: Path) -> None:
-    async with LocalPipeline.open(tiny_pictured_bundle) as pipeline:
-        service = WholeService(tiny_pictured_bundle, pipeline, tmp_path)
+async def test_through_the_service_and_by_the_command(bundle: Bundle, tmp_path: Path) -> None:
+    async with LocalPipeline.open(bundle) as pipeline:
+        service = WholeService(bundle, pipeline, tmp_path)
         async with service.running() as client:
 
             async def made(seed: int) -> bytes:
@@ -117,7 +166,7 @@ async def test_through_the_service_and_by_the_command(tiny_pictured_bundle: Bund
     assert first == again != other
     (tmp_path / "a.png").write_bytes(png(picture(1)))
     options = ["a red ball", "--seconds", "1", "--size", "64x64", "--seed", "7", "--steps", "3"]
-    options += ["--bundle", str(tiny_pictured_bundle.root), "-o", str(tmp_path / "a.mp4")]
+    options += ["--bundle", str(bundle.root), "-o", str(tmp_path / "a.mp4")]
     asked = ["generate", *options, "--picture", str(tmp_path / "a.png")]
     result = await asyncio.to_thread(CliRunner().invoke, app, asked)
     assert result.exit_code == 0, result.output
@@ -127,17 +176,23 @@ async def test_through_the_service_and_by_the_command(tiny_pictured_bundle: Bund
     assert "makes videos of a picture" in " ".join(result.output.split())
 
 
-async def test_without_a_picture_there_is_no_video(tiny_pictured_bundle: Bundle, tmp_path: Path) -> None:
-    service = Service(tiny_pictured_bundle, tmp_path)
+async def test_without_a_picture_there_is_no_video(bundle: Bundle, tmp_path: Path) -> None:
+    service = Service(bundle, tmp_path)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(service.api), base_url="http://test") as client:
         assert_envelope(await client.post("/v1/videos", json=ASKED), 400, "input_reference")
         assert (await client.get("/v1/models/tiny")).json()["needs_picture"]
     assert service.created() == 0
 
 
-def test_what_a_call_takes_can_be_measured(tiny_pictured_bundle: Bundle) -> None:
-    manifest = tiny_pictured_bundle.manifest
-    engine = OnnxRuntimeEngine(tiny_pictured_bundle.path_of("denoiser"))
+def test_tensorrt_takes_it(bundle: Bundle, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("pip install tensorrt-rtx (Linux and Windows on x86-64 only)")
+    assert len(export_plans(bundle, open_target("tensorrt_rtx", "8.9"), tmp_path, graphs=["denoiser"])) == 1
+
+
+def test_what_a_call_takes_can_be_measured(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    engine = OnnxRuntimeEngine(bundle.path_of("denoiser"))
     spec = make_spec(manifest, **{**ASKED, "guidance_scale": 1})
     assert _call(manifest, engine, spec, 2, time.perf_counter).tokens == 5 * 4 * 4
 
@@ -150,10 +205,7 @@ def test_two_experts_without_an_image_encoder(tmp_path: Path) -> None:
     family = open_checkpoint(tmp_path, plan)
     assert isinstance(family, WanFamily)
     assert family.image is None
-    graphs = {
-        graph.name: graph
-        for graph in (*family.graphs(plan), *encoders(family.checkpoint, family.latent, torch.float32))
-    }
+    graphs = {graph.name: graph for graph in (*family.graphs(plan), *encoders(family.checkpoint, family.latent))}
     used: set[str] = set()
 
     def call(name: GraphName, feeds: Any) -> dict[str, Any]:
