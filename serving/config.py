@@ -22,6 +22,7 @@ from pydantic import ValidationError as PydanticValidationError
 
 import models.mini
 from models.bundle import Manifest
+from serving.logs import LogFormat, LogLevel
 
 MINI_BUNDLE = Path(models.mini.__file__).parent / "bundle"
 
@@ -72,6 +73,10 @@ class StageConfig(_Strict):
     )
     plans: Path | None = Field(
         default=None, description="Where TensorRT's plans are; in the bundle's directory `plans` when it is left out."
+    )
+    label_selector: dict[str, str] = Field(
+        default={},
+        description="Labels that a Ray node must have for a replica to be there, such as `rushes.dev/stage: denoiser`.",
     )
     max_ongoing_requests: PositiveInt = Field(
         default=64, description="Requests a replica has in hand before it refuses more."
@@ -132,6 +137,10 @@ class RunnerConfig(_Strict):
 
     num_cpus: NonNegativeFloat = Field(default=0.1, description="Cores that Ray sets aside for a replica.")
     replicas: PositiveInt = Field(default=1, description="How many runners there are.")
+    label_selector: dict[str, str] = Field(
+        default={},
+        description="Labels that a Ray node must have for a replica to be there, such as `rushes.dev/stage: front`.",
+    )
     max_videos: PositiveInt = Field(default=16, description="Videos one runner works on at a time.")
     poll_seconds: PositiveFloat = Field(
         default=0.5, description="How often a runner looks for queued videos when nobody has told it of one."
@@ -158,6 +167,10 @@ class ApiConfig(_Strict):
 
     num_cpus: NonNegativeFloat = Field(default=0.1, description="Cores that Ray sets aside for a replica.")
     replicas: PositiveInt = Field(default=1, description="How many there are.")
+    label_selector: dict[str, str] = Field(
+        default={},
+        description="Labels that a Ray node must have for a replica to be there, such as `rushes.dev/stage: front`.",
+    )
     max_ongoing_requests: PositiveInt = Field(
         default=512, description="Open requests a replica has at most; a viewer is one."
     )
@@ -202,6 +215,29 @@ class WebhookConfig(_Strict):
     give_up_seconds: PositiveFloat = Field(default=86400.0, description="How long a target is tried.")
 
 
+class ObservabilityConfig(_Strict):
+    """What is to be seen of a running service from outside."""
+
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of `rushes serve` at which Prometheus finds `/metrics`; none when it is left out. Elsewhere "
+        "Ray's own, of each node, has them: 8080 on Kubernetes.",
+    )
+    traces_url: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="Where traces are sent: an OTLP/HTTP endpoint, such as http://collector:4318/v1/traces.",
+    )
+    traces_share: float = Field(default=1.0, ge=0, le=1, description="The share of videos that are traced.")
+    log_format: LogFormat = Field(default="text", description="What a replica's log lines are: text or json.")
+    log_level: LogLevel = Field(default="WARNING", description="What is logged: DEBUG, INFO, WARNING or ERROR.")
+    log_prompts: bool = Field(
+        default=False, description="Whether prompts may be logged, at INFO: they are private unless you say otherwise."
+    )
+
+
 class ServiceConfig(_Strict):
     """Everything about a running service."""
 
@@ -212,7 +248,9 @@ class ServiceConfig(_Strict):
     )
     data_dir: Path = Field(default=Path("rushes-data"), description="Where the store and the finished videos live.")
     store_url: str | None = Field(
-        default=None, description="SQLAlchemy URL of the video store; SQLite in `data_dir` when it is left out."
+        default_factory=lambda: os.environ.get("RUSHES_STORE_URL"),
+        description="SQLAlchemy URL of the video store; the environment's RUSHES_STORE_URL when it is left out, and "
+        "SQLite in `data_dir` without that.",
     )
     artifacts_url: str | None = Field(
         default=None,
@@ -245,6 +283,9 @@ class ServiceConfig(_Strict):
     )
     realtime: RealtimeConfig = Field(default=RealtimeConfig(), description="Interactive sessions.")
     webhooks: WebhookConfig = Field(default_factory=WebhookConfig, description="Whom the service calls.")
+    observability: ObservabilityConfig = Field(
+        default=ObservabilityConfig(), description="Metrics, traces and logs of the service."
+    )
     lease_seconds: PositiveFloat = Field(
         default=30.0, ge=3, description="A video whose runner hasn't been heard of for so long is another runner's."
     )

@@ -96,6 +96,8 @@ def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
             can_rewrite=catalog.rewriter.serves(manifest),
             rewrite_by_default=catalog.rewriter.by_default,
             scene_prompts=body.scene_prompts,
+            guidance_interval=body.guidance_interval,
+            cache=body.cache,
             lora=body.lora,
         )
     except InvalidRequest as error:

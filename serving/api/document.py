@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from models.bundle import LimitsInfo
 from serving.api.models import Catalog
 from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_LORA_SCALE, MAX_SEED, MIN_GUIDANCE_SCALE
+from serving.pipeline.shortcuts import CACHES
 
 _JSON, _FORM = "application/json", "multipart/form-data"
 # Something to see, and no NUL, which PostgreSQL can't keep.
@@ -98,6 +99,13 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
         "num_inference_steps": {"type": "integer", "minimum": 1, "maximum": max(limit.max_steps for limit in limits)},
         "guidance_scale": {"type": "number", "minimum": MIN_GUIDANCE_SCALE, "maximum": MAX_GUIDANCE_SCALE},
+        "guidance_interval": {
+            "type": "array",
+            "items": {"type": "number", "minimum": 0, "maximum": 1},
+            "minItems": 2,
+            "maxItems": 2,
+        },
+        "cache": {"type": "string", "enum": [*CACHES]},
         "best_of": {"type": "integer", "minimum": 1, "maximum": MAX_BEST_OF if chooses else 1},
         "rewrite_prompt": {"type": "boolean"} if rewrites else {"type": "boolean", "enum": [False]},
         "scene_prompts": {"type": "array", "items": scene, "maxItems": 100 if causal else 0},

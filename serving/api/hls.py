@@ -20,8 +20,9 @@ from serving.media.hls import INIT, MEDIA_PLAYLIST, Timeline, media_playlist, mu
 from serving.media.pixels import describe
 
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
-# How long an answer waits for what isn't there yet: a video that is queued, a playlist or a part that was announced.
-_WAIT_SECONDS = 30.0
+# How long an answer waits for a video that is queued, and for a playlist or a part that was announced.
+# hls.js (1.7) gives those up after 20 and 9 seconds; after these here it asks again.
+_BEGIN_SECONDS, _WAIT_SECONDS = 15.0, 8.0
 # A variant's bandwidth is said before all of it is known.
 _HEADROOM = 1.5
 _LAST = {"Cache-Control": "private, max-age=3600, immutable"}
@@ -110,7 +111,7 @@ def hls_router(storage: Storage, catalog: Catalog, queue: VideoQueue) -> APIRout
 
 async def _begun(watch: Watch) -> Shown:
     """Wait for the first fragment. Raises `ApiError` when there is none and won't be, or not soon."""
-    shown = await watch.wait_for(1, _WAIT_SECONDS)
+    shown = await watch.wait_for(1, _BEGIN_SECONDS)
     if shown.entries:
         return shown
     if shown.end is not None:

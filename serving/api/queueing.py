@@ -19,6 +19,7 @@ from serving.jobs.keys import LimitReached
 from serving.jobs.storage import Storage
 from serving.jobs.store import IdempotencyConflict, Video, VideoNotFound
 from serving.jobs.video import is_video_id
+from serving.tracing import beginning
 
 # For the OpenAPI document: it is read from the request where it is needed, and checked there.
 IdempotencyKey = Annotated[
@@ -87,7 +88,8 @@ class VideoQueue:
         created = None
         try:
             key = idempotency(request.headers.get("idempotency-key"), body, source)
-            created = await self._storage.videos.create(video, key)
+            with beginning(video.id, request.headers, model=video.model):
+                created = await self._storage.videos.create(video, key)
         except IdempotencyConflict:
             message = "This Idempotency-Key was used for another request."
             raise ApiError(409, message, param="Idempotency-Key", code="idempotency_conflict") from None

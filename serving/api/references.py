@@ -124,6 +124,8 @@ def references_router(
             guidance_scale=request["guidance_scale"],
             rewrite_prompt=body.rewrite_prompt,
             best_of=request.get("best_of", 1),
+            guidance_interval=request.get("guidance_interval"),
+            cache=request.get("cache"),
             lora=[{"name": name, "scale": scale} for name, scale in request.get("lora", ())]
             if body.lora is None
             else body.lora,

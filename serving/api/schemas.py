@@ -46,6 +46,15 @@ class CreateVideoRequest(BaseModel):
     guidance_scale: float | None = Field(
         default=None, allow_inf_nan=False, description="How strictly to follow the prompt; 1 is not at all guided."
     )
+    guidance_interval: list[float] | None = Field(
+        default=None,
+        description="Guide only the steps within these two shares of the way, such as [0.2, 0.8]; the others take half "
+        "the work. All of them when it is left out.",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="`fast` or `faster`: ask the model in fewer of the steps, at some cost in quality; `off` if null.",
+    )
     rewrite_prompt: bool | None = Field(
         default=None, description="Whether a loose prompt is made a detailed one first; the service's default if null."
     )
@@ -192,6 +201,8 @@ class VideoObject(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     best_of: int
+    guidance_interval: tuple[float, float]
+    cache: str
     scene_prompts: list[ScenePrompt]
     lora: list[LoraScale]
     estimated_seconds_left: float | None = Field(
@@ -220,6 +231,8 @@ def video_object(video: Video, *, estimated_seconds_left: float | None = None) -
         num_inference_steps=video.request["num_inference_steps"],
         guidance_scale=video.request["guidance_scale"],
         best_of=video.request.get("best_of", 1),
+        guidance_interval=video.request.get("guidance_interval", (0.0, 1.0)),
+        cache=video.request.get("cache", "off"),
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],

@@ -38,6 +38,9 @@ def generate(
     ] = None,
     best_of: Annotated[int | None, typer.Option(help="Make so many and keep the one nearest to the prompt.")] = None,
     picture: Annotated[Path | None, typer.Option(help="A picture that the video begins with.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="fast or faster: ask the model in fewer of the steps, at some cost in quality.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[:SCALE]", help="One of the bundle's LoRAs, and how much of it; may be repeated."),
@@ -68,6 +71,7 @@ def generate(
             rewrite_prompt=rewrite,
             best_of=best_of,
             scene_prompts=[_scene(text) for text in scene or ()],
+            cache=cache,
             lora=[_lora(text) for text in lora or ()],
         )
         if sampler is not None:

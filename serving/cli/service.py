@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.terminal import Config, alone, console, plain, said_in_one_line
+from serving.cli.terminal import BAD_INPUT, Config, alone, console, plain, said_in_one_line
 from serving.config import ConfigError, ServiceConfig, load_config, parse_config
 
 if TYPE_CHECKING:
@@ -54,6 +54,32 @@ def reload_service(
         settings = load_config(config) if config else ServiceConfig()
         for line in reload(data_dir or settings.data_dir).split(", "):
             print(line)
+
+
+def validate(
+    files: Annotated[
+        list[Path], typer.Argument(help="A service's configuration, a Serve YAML, or manifests with a RayService.")
+    ],
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(min=1, help="Of each GPU, where the file doesn't say which GPU it is.")
+    ] = None,
+) -> None:
+    """Check files before anything is applied: misspelt keys, which Ray and Kubernetes drop without a word, replicas
+    that no node can take, times that contradict each other, missing bundles, sizes beyond a GPU's memory.
+
+    Prints a line for each finding; ends with 2 when there is one that isn't only a warning.
+    """
+    from serving.validation.files import check_file
+
+    failed = False
+    with said_in_one_line():
+        for file in files:
+            for finding in check_file(file, gpu_memory_gib):
+                failed |= finding.certain
+                kind = "error" if finding.certain else "warning"
+                print(f"{file}: {kind}: {f'{finding.where}: ' if finding.where else ''}{finding.message}")
+    if failed:
+        raise typer.Exit(BAD_INPUT)
 
 
 def upgrade_database(config: Config = None) -> None:

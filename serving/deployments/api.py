@@ -17,6 +17,7 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.load import StageLoad
 from serving.config import ServiceConfig
+from serving.deployments.observing import start_observing
 from serving.deployments.remote import StageHandles, StageName, remote_stages, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
@@ -33,6 +34,7 @@ class ApiDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
+        start_observing(config.observability)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         return create_api(
             open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS),

@@ -66,7 +66,7 @@ def build_runner(config: ServiceConfig, stages: Mapping[str, StageHandles]) -> A
         num_replicas=config.runner.replicas,
         # `wake` answers at once; `drain` may wait for long.
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": config.runner.num_cpus},
+        ray_actor_options=_asked(config.runner.num_cpus, 0, config.runner.label_selector),
     ).bind(config, stages)
     return application
 
@@ -79,7 +79,7 @@ def build_api(config: ServiceConfig, runner: Any, stages: Mapping[str, StageHand
         config,
         num_replicas=config.api.replicas,
         max_ongoing_requests=config.api.max_ongoing_requests,
-        ray_actor_options={"num_cpus": config.api.num_cpus},
+        ray_actor_options=_asked(config.api.num_cpus, 0, config.api.label_selector),
     ).bind(config, runner, stages)
     return application
 
@@ -101,15 +101,21 @@ def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool
                 "upscale_delay_s": scaling.upscale_delay_seconds,
                 "downscale_delay_s": scaling.downscale_delay_seconds,
             },
-            ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+            ray_actor_options=_asked(settings.num_cpus, settings.num_gpus, settings.label_selector),
             **options,
-        ).bind(bundle.root, bundle.digest, settings, *beside)
+        ).bind(bundle.root, bundle.digest, settings, config.observability, *beside)
 
     denoiser = stage(DenoiserDeployment, "denoiser", config.denoiser)
     decoder = stage(DecoderDeployment, "decoder", config.decoder, request_router_config=_STICKY)
     beside = (denoiser, decoder) if together else ()
     text_encoder = stage(TextEncoderDeployment, "text-encoder", config.text_encoder, *beside)
     return StageHandles(text_encoder=text_encoder, denoiser=denoiser, decoder=decoder)
+
+
+def _asked(num_cpus: float, num_gpus: float, label_selector: Mapping[str, str]) -> dict[str, Any]:
+    """Of Ray, for each replica."""
+    where = {"label_selector": dict(label_selector)} if label_selector else {}
+    return {"num_cpus": num_cpus, "num_gpus": num_gpus, **where}
 
 
 def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> Any:
@@ -120,6 +126,10 @@ def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> A
         graceful_shutdown_wait_loop_s=_SHUTDOWN_LOOK_SECONDS,
         health_check_period_s=_HEALTH_LOOK_SECONDS,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config={
+            "log_level": "WARNING",
+            "enable_access_log": False,
+            "encoding": config.observability.log_format.upper(),
+        },
         **options,
     )

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from tenacity import before_sleep_log, retry_if_not_exception_type, stop_after_delay, wait_exponential
 from tenacity.asyncio import AsyncRetrying
 
+from serving.deployments.timing import Timing
 from serving.jobs.artifacts import Artifact, Artifacts, checkpoint_key, video_key
 from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.keeper import Keeper
 from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
 from serving.jobs.video import BATCH
+from serving.logs import about
 from serving.media.fmp4 import remux_to_mp4
 from serving.media.frames import read_all
 from serving.media.previews import sprite_sheet, thumbnail
@@ -27,6 +29,7 @@ from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
 from serving.pipeline.stages import Decoder, Fragment, FrameEncoder, Steerable, StepDone, TextEncoder, VideoSpec
+from serving.tracing import attempting
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class AttemptSettings:
     lease_seconds: float
     max_attempts: int
     checkpoint_steps: int = 0
+    log_prompts: bool = False
 
 
 class Attempt:
@@ -69,6 +73,7 @@ class Attempt:
         self._finished: dict[str, Artifact] = {}
         self._log_bytes = 0
         self._spec = VideoSpec(**video.request)
+        self._timing = Timing(video, self._spec.frames)
         self._steps_done = 0.0
         self._frames_done = 0
         self._appended = 0
@@ -87,6 +92,14 @@ class Attempt:
 
         When this is cancelled the video goes back to the queue, and the try doesn't count.
         """
+        video = self._video
+        numbers = {"attempt": video.attempt, "fence": video.fence}
+        with about(video_id=video.id, attempt=video.attempt), attempting(video.id, model=video.model, **numbers):
+            said = f": {video.prompt}" if self._settings.log_prompts else ""
+            _log.info("attempt %d at %s of %s s begins%s", video.attempt, video.size, video.seconds, said)
+            await self._run()
+
+    async def _run(self) -> None:
         making = asyncio.create_task(self._make())
         reporting = asyncio.create_task(self._report(making))
         try:
@@ -96,13 +109,16 @@ class Attempt:
             await self._stop_keeping()
             with suppress(StaleFence):
                 await self._store.requeue(self._video.id, self._video.fence, count_attempt=False)
+                self._timing.ended("requeued")
             raise
         finally:
             await _stop(reporting)
         await self._stop_keeping()
+        outcome = "stale"
         if not self._stale:
             with suppress(StaleFence):
-                await self._settle(making)
+                outcome = await self._settle(making)
+        self._timing.ended(outcome)
 
     async def _make(self) -> None:
         video = self._video
@@ -126,7 +142,9 @@ class Attempt:
         async def append(fragment: Fragment) -> None:
             await writer.append(fragment.index, fragment.first_frame, fragment.frames, fragment.init, fragment.data)
             self._frames_done = writer.frames
-            self._appended += fragment.index >= writer.trusted
+            if fragment.index >= writer.trusted:
+                self._appended += 1
+                self._timing.chunk(fragment.first_frame)
 
         await generate(
             self._video.id,
@@ -166,31 +184,33 @@ class Attempt:
             made["video.mp4"] = artifacts.put(video_key(log.video_id, "video.mp4"), video)
         self._finished, self._log_bytes = made, sum(entry.size_bytes for entry in log.entries())
 
-    async def _settle(self, making: asyncio.Task[None]) -> None:
-        """Write down how it went."""
+    async def _settle(self, making: asyncio.Task[None]) -> str:
+        """Write down how it went, and say it."""
         video, store = self._video, self._store
         error = None if making.cancelled() else making.exception()
         if isinstance(error, StaleFence):
-            return
+            return "stale"
         if not making.cancelled() and error is None:
             await self._forget_checkpoint()
             await self._written(
                 lambda: store.complete(video.id, video.fence, artifacts=self._finished, log_bytes=self._log_bytes)
             )
-        elif self._cancel_requested:
+            return "completed"
+        if self._cancel_requested:
             await self._fail("cancelled", "The video was cancelled.")
-        else:
-            _log.error("%s: attempt %d failed", video.id, video.attempt, exc_info=error)
-            if self._headway() > self._headway_told:
-                video = await self._written(self._report_progress)
-            # What is in the log can't be made to fit by trying again.
-            hopeless = isinstance(error, LogError) or video.attempt - video.lapses >= self._settings.max_attempts
-            if not hopeless:
-                await self._written(lambda: store.requeue(video.id, video.fence))
-            else:
-                # Ray wraps a replica's error in its whole remote traceback: the last line says what it was.
-                said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                await self._fail("generation_failed", said[:500])
+            return "cancelled"
+        _log.error("%s: attempt %d failed", video.id, video.attempt, exc_info=error)
+        if self._headway() > self._headway_told:
+            video = await self._written(self._report_progress)
+        # What is in the log can't be made to fit by trying again.
+        hopeless = isinstance(error, LogError) or video.attempt - video.lapses >= self._settings.max_attempts
+        if not hopeless:
+            await self._written(lambda: store.requeue(video.id, video.fence))
+            return "requeued"
+        # Ray wraps a replica's error in its whole remote traceback: the last line says what it was.
+        said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        await self._fail("generation_failed", said[:500])
+        return "failed"
 
     async def _written(self, write: Callable[[], Awaitable[Video]]) -> Video:
         """What has been made is not to be lost because the store is away for a moment, such as for a restart."""

@@ -12,6 +12,7 @@ from standardwebhooks import Webhook
 
 from serving.jobs.outbox import Delivery, Outbox
 from serving.jobs.targets import BadTarget, resolve
+from serving.metrics import WEBHOOKS
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Courier:
         except (OSError, BadTarget, httpx.HTTPError) as error:
             await self._failed(delivery, error)
         else:
+            WEBHOOKS.add(outcome="delivered")
             await self._outbox.remove(delivery)
         return True
 
@@ -65,9 +67,11 @@ class Courier:
         pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 4 ** (delivery.attempts - 1))
         waited = self._outbox.clock() - delivery.created_at
         if isinstance(error, BadTarget) or waited + pause > self._give_up_seconds:
+            WEBHOOKS.add(outcome="given_up")
             _log.warning("%s to %s is given up after %d attempts: %s", *self._said(delivery, error))
             await self._outbox.remove(delivery)
         else:
+            WEBHOOKS.add(outcome="retried")
             _log.info("%s to %s failed at attempt %d: %s", *self._said(delivery, error))
             await self._outbox.retry(delivery, pause)
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from serving.config import DecoderConfig
+from serving.config import DecoderConfig, ObservabilityConfig
+from serving.deployments.metering import report_stage
+from serving.deployments.observing import start_observing
+from serving.logs import about
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec
+from serving.tracing import NOWHERE, Carrier, span
 
 
 class DecoderDeployment:
     """One replica: its engines, and the causal caches of the videos whose chunks come here."""
 
-    def __init__(self, bundle: Path, digest: str, config: DecoderConfig) -> None:
+    def __init__(self, bundle: Path, digest: str, config: DecoderConfig, observing: ObservabilityConfig) -> None:
+        start_observing(observing)
         loaded = Bundle.load(bundle, digest)
         self._stage = EngineDecoder.open(
             loaded,
@@ -27,12 +33,15 @@ class DecoderDeployment:
             max_sessions=config.max_sessions,
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
+        self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        return await self._stage.decode(video_id, spec, chunk)
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, trace: Carrier = NOWHERE) -> Fragment:
+        with about(video_id=video_id), span("decode", trace, chunk=chunk.index):
+            return await self._stage.decode(video_id, spec, chunk)
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
-        await self._stage.replay(video_id, spec, chunk)
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, trace: Carrier = NOWHERE) -> None:
+        with about(video_id=video_id), span("replay", trace, chunk=chunk.index):
+            await self._stage.replay(video_id, spec, chunk)
 
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)

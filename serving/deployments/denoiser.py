@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayError
 
 from models.bundle import Bundle
-from serving.config import DenoiserConfig
+from serving.config import DenoiserConfig, ObservabilityConfig
+from serving.deployments.metering import report_stage
+from serving.deployments.observing import start_observing
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.scheduler import Limits, TraceLine
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering
+from serving.tracing import Open
 
 _LOOK_SECONDS = 2.0
 
@@ -22,7 +26,8 @@ _LOOK_SECONDS = 2.0
 class DenoiserDeployment:
     """One replica: its engine, and the sessions of the videos that it denoises together."""
 
-    def __init__(self, bundle: Path, digest: str, config: DenoiserConfig) -> None:
+    def __init__(self, bundle: Path, digest: str, config: DenoiserConfig, observing: ObservabilityConfig) -> None:
+        start_observing(observing)
         self._stage = EngineDenoiser.open(
             Bundle.load(bundle, digest),
             threads=config.threads,
@@ -31,13 +36,15 @@ class DenoiserDeployment:
             limits=Limits(max_rows=config.max_rows, max_tokens=config.max_tokens),
             max_sessions=config.max_sessions,
         )
+        self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
     async def denoise(self, request: DenoiseRequest, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:
         """One streaming call a video. Cancelling the call takes its rows out of the batch before the next step.
 
         So does the death of `caller`, the actor that asks: Ray lets a call go on that nobody hears the end of.
         """
-        async with aclosing(self._stage.denoise(request)) as events:
+        tracing = Open("denoise", request.trace)
+        async with aclosing(self._stage.denoise(replace(request, trace=tracing.carrier))) as events:
             waiting = asyncio.create_task(_next(events))
             orphaned = asyncio.create_task(_until_dead(caller))
             try:
@@ -51,6 +58,7 @@ class DenoiserDeployment:
                 for task in (waiting, orphaned):
                     task.cancel()
                 await asyncio.gather(waiting, orphaned, return_exceptions=True)
+                tracing.end()
 
     async def steer(self, video_id: str, steering: Steering) -> bool:
         """Whether an endless video of this name is here, which then goes on as `steering` says."""

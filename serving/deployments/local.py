@@ -87,10 +87,12 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     doesn't come up.
     """
     config = config.resolved()
+    metrics_port = config.observability.metrics_port
     url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
     _check_port(config.host, config.port)
     open_storage(config).database.dispose()  # what is wrong with the database is said now, and not by a replica
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    measuring = {} if metrics_port is None else {"RAY_enable_metrics_collection": "1"}
+    os.environ.update({name: value for name, value in {**_ENVIRONMENT, **measuring}.items() if name not in os.environ})
 
     import ray
     from ray import serve
@@ -110,6 +112,7 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level="ERROR",
+                _metrics_export_port=metrics_port,
                 log_to_driver=False,
             )
             if threading.current_thread() is threading.main_thread():

@@ -29,6 +29,7 @@ from serving.pipeline.stages import (
     TextEmbedding,
     VideoSpec,
 )
+from serving.tracing import carrier
 
 # The replica, or the machine that had what it answered.
 _GONE = (RayActorError, ObjectLostError)
@@ -66,7 +67,7 @@ class RemoteTextEncoder:
 
     @_ask_another
     async def encode(self, prompt: str) -> TextEmbedding:
-        embedding: TextEmbedding = await self._handle.encode.remote(prompt)
+        embedding: TextEmbedding = await self._handle.encode.remote(prompt, carrier())
         return embedding
 
     @_ask_another
@@ -135,7 +136,7 @@ class RemoteDecoder:
 
     async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
         try:
-            return await getattr(self._session(video_id), method).remote(video_id, *args)
+            return await getattr(self._session(video_id), method).remote(video_id, *args, carrier())
         except _GONE as error:
             # The replica died, and the session with it: the next call goes to another one.
             raise LostSession(f"{video_id}: the decoder's replica is gone") from error

@@ -15,8 +15,11 @@ from serving.config import ServiceConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
 from serving.deployments.courier import Courier
+from serving.deployments.metering import report_jobs
+from serving.deployments.observing import start_observing
 from serving.deployments.remote import StageHandles, remote_stages
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
+from serving.jobs.census import Census
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
 from serving.jobs.sweeper import Sweeper
@@ -136,6 +139,7 @@ class RunnerDeployment:
     """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
     def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
+        start_observing(config.observability)
         storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         self._runner = Runner(
@@ -145,6 +149,7 @@ class RunnerDeployment:
                 lease_seconds=config.lease_seconds,
                 max_attempts=config.runner.max_attempts,
                 checkpoint_steps=config.runner.checkpoint_steps,
+                log_prompts=config.observability.log_prompts,
             ),
             max_videos=config.runner.max_videos,
             poll_seconds=config.runner.poll_seconds,
@@ -167,6 +172,7 @@ class RunnerDeployment:
             )
             self._delivering = loop.create_task(courier.run(config.runner.batch_poll_seconds))
         self._sweeping = loop.create_task(sweeper.run(config.sweep_seconds))
+        self._reporting = loop.create_task(report_jobs(Census(storage.database), lambda: self._runner.running))
 
     async def wake(self) -> None:
         """There is a new video in the store."""

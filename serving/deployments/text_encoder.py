@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,34 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from serving.chat import open_rewriter
-from serving.config import TextEncoderConfig
+from serving.config import ObservabilityConfig, TextEncoderConfig
+from serving.deployments.metering import report_stage
+from serving.deployments.observing import start_observing
 from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.stages import TextEmbedding
 from serving.pipeline.text import EngineTextEncoder
+from serving.tracing import NOWHERE, Carrier, span
 
 
 class TextEncoderDeployment:
     """One replica: its engine, the embeddings of the prompts it has seen, a rewriter and a captioner (or none)."""
 
-    def __init__(self, bundle: Path, digest: str, config: TextEncoderConfig, *beside: Any) -> None:
+    def __init__(
+        self, bundle: Path, digest: str, config: TextEncoderConfig, observing: ObservabilityConfig, *beside: Any
+    ) -> None:
         """`beside` are the model's other stages: an application is whatever its first deployment is bound to."""
+        start_observing(observing)
         loaded = Bundle.load(bundle, digest)
         self._stage = EngineTextEncoder.open(
             loaded, threads=config.threads, provider=config.provider, plans=config.plans
         )
         self._rewriter = open_rewriter(loaded, config.rewriter)
         self._captioner = EngineCaptioner.open(loaded)
+        self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
-    async def encode(self, prompt: str) -> TextEmbedding:
-        return await self._stage.encode(prompt)
+    async def encode(self, prompt: str, trace: Carrier = NOWHERE) -> TextEmbedding:
+        with span("encode", trace):
+            return await self._stage.encode(prompt)
 
     async def rewrite(self, prompt: str, seed: int) -> str:
         """Without a rewriter the prompt stays as it is: the service's configuration was changed since it was asked."""

@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tenacity import before_sleep_log, retry, retry_if_not_exception_type, stop_after_delay, wait_exponential
 
 from serving.jobs.fragment_log import FragmentLog
+from serving.metrics import ARTIFACTS
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ class Artifacts:
         with open(source, "rb") as file:
             artifact = Artifact(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
             os.fsync(file.fileno())
-        self._put(self._path(key), source)
+        with ARTIFACTS.time(operation="put"):
+            self._put(self._path(key), source)
         return artifact
 
     async def read(self, key: str, start: int, stop: int) -> AsyncIterator[bytes]:
@@ -120,9 +122,13 @@ class Artifacts:
         finally:
             await asyncio.to_thread(file.close)
 
-    @_patient
     def fetch(self, key: str, target: Path) -> None:
         """Copy a file to `target`. Tries for a minute when the file store fails; raises `FileNotFoundError` at once."""
+        with ARTIFACTS.time(operation="fetch"):
+            self._fetch(key, target)
+
+    @_patient
+    def _fetch(self, key: str, target: Path) -> None:
         with self._files.open(self._path(key), "rb") as file, target.open("wb") as copy:
             shutil.copyfileobj(file, copy, _PIECE_BYTES)
 

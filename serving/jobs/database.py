@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
+
+from serving.metrics import STORE
 
 _BUSY_SECONDS = 30
 # One file a step; no package, for Alembic runs its files in a context of its own.
@@ -69,13 +71,17 @@ class Database:
             raise DatabaseAway(f"the database can't be reached: {str(error.orig).strip()}") from error
         return database
 
-    def read(self) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
         """A transaction that writes nothing."""
-        return self.engine.connect()
+        with STORE.time(SQLAlchemyError, operation="read"), self.engine.connect() as connection:
+            yield connection
 
-    def write(self) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
         """A transaction that is committed at the end of the block, and undone if that raises."""
-        return self._writer.begin()
+        with STORE.time(SQLAlchemyError, operation="write"), self._writer.begin() as connection:
+            yield connection
 
     def insert_new(self, connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
         """Insert a row unless one with its primary key is there already; whether it was inserted."""

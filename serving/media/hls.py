@@ -1,7 +1,9 @@
 """HLS playlists of a fragment log (RFC 8216bis, fMP4): pure text, from the number of frames in each fragment.
 
 A fragment is a part, and parts make up a segment until it lasts `SEGMENT_SECONDS`: a player that knows parts (low
-latency) is one chunk behind the denoiser, any other one segment. Every part begins with a key frame.
+latency) is one chunk behind the denoiser, any other one segment. Only the first segment is a single part, so that there
+is one from the beginning: hls.js (1.7) takes a playlist of parts alone for an empty one. Every part begins with a key
+frame.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Timeline:
         first = held = 0
         for index, frames in enumerate(self.frames):
             held += frames
-            long_enough = held >= SEGMENT_SECONDS * self.fps
+            long_enough = index == 0 or held >= SEGMENT_SECONDS * self.fps
             if long_enough or index == len(self.frames) - 1:
                 whole = long_enough or self.ended
                 segments.append(Segment(len(segments), first, index + 1, held, whole))
@@ -74,8 +76,11 @@ def media_playlist(timeline: Timeline) -> str:
         "#EXT-X-INDEPENDENT-SEGMENTS",
         f'#EXT-X-MAP:URI="{INIT}"',
     ]
+    frames_left = sum(timeline.frames)
     for segment in timeline.segments():
-        if not timeline.ended:
+        frames_left -= segment.frames
+        # Parts that are so far from the end that nobody begins with them are of no use (4.4.4.9).
+        if not timeline.ended and frames_left / timeline.fps <= 3 * target:
             for part in range(segment.first, segment.stop):
                 seconds = timeline.frames[part] / timeline.fps
                 lines.append(f'#EXT-X-PART:DURATION={seconds:.5f},URI="{part_name(part)}",INDEPENDENT=YES')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
 from serving.media.fmp4 import EncodedFragment, encode_fragment
 from serving.pipeline.geometry import first_frame
+from serving.pipeline.pace import Pace, StageState
 from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
 
 _CACHE, _NEXT_CACHE = "cache_", "next_cache_"
@@ -60,6 +62,8 @@ class EngineDecoder:
         self._max_sessions, self._idle_seconds = max_sessions, idle_seconds
         self._sessions: dict[str, _Session] = {}
         self._changed = asyncio.Event()
+        self._pace = Pace()
+        self._calls = self._running = self._latents = 0
         self._decode_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
 
@@ -81,6 +85,11 @@ class EngineDecoder:
     def sessions(self) -> int:
         """How many videos hold a cache here."""
         return sum(session.placed for session in self._sessions.values())
+
+    @property
+    def state(self) -> StageState:
+        """How it stands, in chunks."""
+        return StageState(self._calls - self._running, self._running, self._pace.seconds(self._latents))
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         frames = await self._frames(video_id, spec.seed, chunk)
@@ -112,11 +121,15 @@ class EngineDecoder:
         if session is None:
             raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
         session.users += 1
+        self._calls += 1
+        self._latents += chunk.latents.size
         try:
             async with session.turn:
                 return await self._decode(video_id, seed, session, chunk)
         finally:
             session.users -= 1
+            self._calls -= 1
+            self._latents -= chunk.latents.size
             session.idle_since = asyncio.get_running_loop().time()
             if not session.placed and not session.users and self._sessions.get(video_id) is session:
                 del self._sessions[video_id]  # cancelled while it waited for a place
@@ -130,9 +143,13 @@ class EngineDecoder:
             raise LostSession(f"{video_id}: the decoder session is at {session.next_chunk}, not at {chunk.index}")
         # Until this call is through the cache belongs to no chunk; if it is cut short, the session is lost.
         session.next_chunk = -1
-        frames, session.cache = await asyncio.get_running_loop().run_in_executor(
-            self._decode_thread, self._run, session.cache, self._feeds(seed, chunk)
-        )
+        self._running += 1
+        try:
+            frames, session.cache = await asyncio.get_running_loop().run_in_executor(
+                self._decode_thread, self._run, session.cache, self._feeds(seed, chunk)
+            )
+        finally:
+            self._running -= 1
         session.next_chunk = chunk.index + 1
         if chunk.last and self._sessions.get(video_id) is session:
             del self._sessions[video_id]
@@ -165,6 +182,7 @@ class EngineDecoder:
     def _run(self, cache: dict[str, Array], feeds: dict[str, Array]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
         """Frames uint8 `[n, height, width, 3]` and the cache for the next chunk, in the engines' thread."""
         frames = []
+        started = time.monotonic()
         start, count = 0, feeds["latents"].shape[2]
         if not cache:
             # A causal VAE's first latent frame is unlike all others; any other VAE decodes best what it sees whole.
@@ -177,4 +195,5 @@ class EngineDecoder:
             outputs = self._following.run({name: array[:, :, start:] for name, array in feeds.items()} | cache)
             frames.append(outputs.pop("frames")[0])
             cache = {_CACHE + name.removeprefix(_NEXT_CACHE): value for name, value in outputs.items()}
+        self._pace.took(feeds["latents"].size, time.monotonic() - started)
         return np.concatenate(frames), cache

@@ -13,11 +13,14 @@ from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Engine, EngineError, arrays_of
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
+from serving.metrics import BATCH_ROWS
 from serving.pipeline.endless import EndlessSession
 from serving.pipeline.geometry import first_frame
+from serving.pipeline.pace import Pace, StageState
 from serving.pipeline.scheduler import Due, Entry, Limits, StepScheduler, TraceLine
 from serving.pipeline.sessions import Session, open_session
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, LatentChunk, SamplerState, Steering, StepDone
+from serving.tracing import Carrier, record
 
 _Event = DenoiseEvent | Exception
 
@@ -43,6 +46,7 @@ class _Place:
     opened_at: float
     scheduled_calls: int
     """Up to which of the session's calls the scheduler knows of."""
+    trace: Carrier
     running: bool = False
     plays_at: float | None = None
 
@@ -71,7 +75,9 @@ class EngineDenoiser:
         self._scheduler = StepScheduler(limits or Limits())
         self._free = asyncio.Semaphore(max_sessions)
         self._places: dict[Hashable, _Place] = {}
-        self._opened = 0
+        self._opened = self._waiting = 0
+        self._opened_tokens = 0
+        self._pace = Pace()
         self._work = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
@@ -103,13 +109,25 @@ class EngineDenoiser:
         return self._scheduler.outstanding_tokens
 
     @property
+    def state(self) -> StageState:
+        """How it stands. A video that waits for a place counts as much as the others did on average."""
+        waiting = self._waiting * self._opened_tokens / max(1, self._opened)
+        seconds = self._pace.seconds(self.outstanding_tokens + waiting)
+        return StageState(self._waiting, len(self._places), seconds)
+
+    @property
     def trace(self) -> Sequence[TraceLine]:
         """What ran in the last engine calls, and who left; a session is a video's id and a number."""
         return self._scheduler.trace
 
     async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
         """Raises `EngineError` when a call that held this video failed, `ValueError` when no call could hold it."""
-        async with self._free:
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        try:
             id, events = self._open(request)
             try:
                 while True:
@@ -122,6 +140,8 @@ class EngineDenoiser:
             finally:
                 self._scheduler.remove(id)
                 self._places.pop(id, None)
+        finally:
+            self._free.release()
 
     async def steer(self, video_id: str, steering: Steering) -> bool:
         """From its next chunk on an endless video does as `steering` says; False when there is none of this name."""
@@ -146,6 +166,7 @@ class EngineDenoiser:
         opens = open_session if request.steering is None else EndlessSession
         session = opens(self._manifest, request, arrays_of(self._engines["denoiser"]))
         self._opened += 1
+        self._opened_tokens += session.rows * session.tokens_per_row * (session.calls - session.calls_done)
         id = (request.video_id, self._opened)  # a video may be open twice for a moment, by an old attempt and a new one
         # Everything a session can say fits, so the loop never waits for a slow reader.
         events: asyncio.Queue[_Event] = asyncio.Queue(2 * session.calls + session.chunks + 1)
@@ -157,6 +178,7 @@ class EngineDenoiser:
             watched=request.interactive and self._manifest.rollout == "causal",
             opened_at=time.monotonic(),
             scheduled_calls=session.calls_done,
+            trace=request.trace,
         )
         self._schedule(id, place)
         self._places[id] = place
@@ -177,15 +199,21 @@ class EngineDenoiser:
             Entry(
                 id=id,
                 shape=_group(session),
-                rows=session.rows,
+                rows=session.most_rows,
                 tokens_per_row=session.tokens_per_row,
                 steps=session.calls - session.calls_done,
                 priority=place.priority,
-                due=self._due(place),
             )
         )
         place.scheduled_calls = session.calls
+        self._reshape(id, place)
         self._work.set()
+
+    def _reshape(self, id: Hashable, place: _Place) -> None:
+        """Tell the scheduler what the session's next call is like."""
+        session = place.session
+        shape, tokens = _group(session), session.tokens_per_row
+        self._scheduler.reshape(id, shape, tokens, rows=session.rows, due=self._due(place))
 
     def _due(self, place: _Place) -> Due | None:
         """When the next chunk is wanted: the first as soon as may be, each other one when those before are played."""
@@ -216,9 +244,19 @@ class EngineDenoiser:
             except Exception as error:
                 self._fail(ids, error)
                 continue
-            self._scheduler.took(shape, rows, tokens, time.monotonic() - started)
+            took = time.monotonic() - started
+            self._scheduler.took(shape, rows, tokens, took)
+            self._measure(batch, rows, tokens, took)
             for id, place, finished in zip(ids, batch, chunks, strict=True):
                 self._report(id, place, finished)
+
+    def _measure(self, batch: Sequence[_Place], rows: int, tokens: int, seconds: float) -> None:
+        self._pace.took(tokens, seconds)
+        BATCH_ROWS.observe(rows)
+        ended = time.time_ns()
+        for place in batch:
+            begun = ended - int(1e9 * seconds)
+            record("step", place.trace, begun, ended, step=place.session.calls_done, batch_rows=rows, tokens=tokens)
 
     def _report(self, id: Hashable, place: _Place, finished: list[LatentChunk | SamplerState]) -> None:
         session, place.running = place.session, False
@@ -230,7 +268,7 @@ class EngineDenoiser:
                 begins = first_frame(self._manifest, event.index) / self._manifest.fps
                 place.plays_at = time.monotonic() + _START_SECONDS - begins
         if session.calls_done < place.scheduled_calls:
-            self._scheduler.reshape(id, _group(session), session.tokens_per_row, self._due(place))
+            self._reshape(id, place)
         elif id in self._places:
             self._schedule(id, place)
 
@@ -251,7 +289,7 @@ class EngineDenoiser:
         for session in batch:
             rows = slice(row, row + session.rows)
             finished.append(session.take({name: output[rows] for name, output in outputs.items()}))
-            row += session.rows
+            row = rows.stop
         return finished
 
 

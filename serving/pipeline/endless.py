@@ -40,7 +40,8 @@ class EndlessSession(CausalSession):
     def calls(self) -> int:
         if self._step == 0 and self._number(self._chunk) >= self._steering.chunks:
             return self.calls_done
-        return self.calls_done + self._table.steps + 1 - self._step
+        left = self._calls_before(self._table.steps) - self._calls_before(self._step)
+        return self.calls_done + left + 1
 
     @property
     def next_chunk(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from serving.pipeline.stages import (
     TextEncoder,
     VideoSpec,
 )
+from serving.tracing import carrier
 
 # Chunks handed to the decoder and not yet taken by the sink: one being decoded, one waiting behind it.
 WINDOW = 2
@@ -255,7 +256,13 @@ class _Generation:
         if self._request is None:
             self._request = self._start(self._encode())
         encoded = await self._request
-        request = replace(encoded, begun=begun, state_every=self._state_every, interactive=self._interactive)
+        request = replace(
+            encoded,
+            begun=begun,
+            state_every=self._state_every,
+            interactive=self._interactive,
+            trace=carrier(),
+        )
         if self._spec.best_of == 1:
             return request
         spec = replace(self._spec, seed=(self._spec.seed + number) % _SEEDS)

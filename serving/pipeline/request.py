@@ -7,6 +7,7 @@ import re
 import secrets
 
 from models.bundle import Manifest
+from serving.pipeline.shortcuts import CACHES, Cache
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.text import clean_prompt
 
@@ -40,6 +41,8 @@ def make_spec(
     scene_prompts: object = None,
     rewrite_prompt: object = None,
     best_of: object = None,
+    guidance_interval: object = None,
+    cache: object = None,
     lora: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
@@ -76,6 +79,8 @@ def make_spec(
         rewrite_prompt=_rewrite_prompt(rewrite_prompt, can_rewrite, rewrite_by_default),
         best_of=_best_of(manifest, best_of),
         scene_prompts=_scenes(manifest, scene_prompts, length),
+        guidance_interval=_interval(guidance_interval),
+        cache=_cache(cache),
         lora=_loras(manifest, lora),
     )
 
@@ -158,6 +163,23 @@ def _guidance_scale(value: object, default: float) -> float:
             param, f"{param} must be between {MIN_GUIDANCE_SCALE:g} and {MAX_GUIDANCE_SCALE:g}, not {_short(value)}"
         )
     return float(value)
+
+
+def _interval(value: object) -> tuple[float, float]:
+    param = "guidance_interval"
+    if value is None:
+        return 0.0, 1.0
+    match value:
+        case [int() | float() as one, int() | float() as other] if 0 <= min(one, other) <= max(one, other) <= 1:
+            return float(min(one, other)), float(max(one, other))
+    raise InvalidRequest(param, f"{param} must be two numbers from 0 to 1, not {_short(value)}")
+
+
+def _cache(value: object) -> Cache:
+    for choice in CACHES:
+        if value == choice or (value is None and choice == "off"):
+            return choice
+    raise InvalidRequest("cache", f"cache must be one of {', '.join(CACHES)}, not {_short(value)}")
 
 
 def _scenes(manifest: Manifest, value: object, seconds: int) -> tuple[tuple[float, str], ...]:

@@ -130,13 +130,15 @@ class StepScheduler:
         self._order += 1
         self._places[entry.id] = _Place(entry, self._order, entry.steps, self._level)
 
-    def reshape(self, id: Hashable, shape: tuple[Hashable, ...], tokens_per_row: int, due: Due | None = None) -> None:
+    def reshape(
+        self, id: Hashable, shape: tuple[Hashable, ...], tokens_per_row: int, *, rows: int, due: Due | None = None
+    ) -> None:
         """From its next step on a session is of another shape, and due at another time; harmless when it isn't here.
 
-        It must not have become larger, or no call might hold it.
+        It must not have become larger than it ever was, or no call might hold it.
         """
         if (place := self._places.get(id)) is not None:
-            place.entry = replace(place.entry, shape=shape, tokens_per_row=tokens_per_row, due=due)
+            place.entry = replace(place.entry, shape=shape, tokens_per_row=tokens_per_row, rows=rows, due=due)
 
     def took(self, shape: tuple[Hashable, ...], rows: int, tokens: int, seconds: float) -> None:
         """A call of this shape, with `tokens` tokens in all its rows, took so long: the next are judged by it."""

@@ -19,6 +19,7 @@ from models.pictures import condition_of
 from models.samplers import SamplerTable, advance
 from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
+from serving.pipeline.shortcuts import guided_steps, reused_steps
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, SamplerState
 
 Floats = NDArray[np.float32]
@@ -38,7 +39,7 @@ def open_session(manifest: Manifest, request: DenoiseRequest, arrays: Arrays = H
 
 
 class Session(ABC):
-    """One video being denoised. Every call holds `rows` rows of it: the prompt's, and when guided the negative's.
+    """One video being denoised. A call holds `rows` rows of it: the prompt's, and when guided the negative's.
 
     One that was begun elsewhere goes on from there, to the same bits: `calls_done` doesn't begin at 0 then.
     """
@@ -59,6 +60,8 @@ class Session(ABC):
         )
         skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
+        self._guided = guided_steps(spec.num_inference_steps, spec.guidance_interval)[skipped:]
+        self._reused = reused_steps(self._table.sigmas.tolist(), spec.cache)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
         self._lora_scales = _scales_of(manifest, request)
         self._texts = [request.conditional.hidden_states]
@@ -69,7 +72,13 @@ class Session(ABC):
         self.calls_done = 0
 
     @property
+    @abstractmethod
     def rows(self) -> int:
+        """How many rows of it the next call holds."""
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows any of its calls holds."""
         return len(self._texts)
 
     @property
@@ -106,6 +115,27 @@ class Session(ABC):
     def feeds(self) -> dict[str, Array]:
         """The next call's inputs, each `[rows, …]`."""
 
+    def _rows_at(self, step: int) -> int:
+        return len(self._texts) if self._guided[step] else 1
+
+    def _calls_before(self, step: int) -> int:
+        """Engine calls that the sampler's steps before this one take."""
+        return step - sum(self._reused[:step])
+
+    def _advance(self, step: int, state: Floats, velocity: Array, noise: _Noise, held: _Held) -> tuple[Floats, int]:
+        """The state after a step of one or, when guided, two rows, and after those that make do with its velocity; and
+        the step that is next."""
+        table = self._table
+        while True:
+            # Without a row for it the unconditional velocity is the other one: guidance between equals is none.
+            state = advance(table.coefficients[step], state, velocity[0], velocity[-1])
+            if table.noise[step]:
+                state[0] += table.noise[step] * noise.draw(state[0].shape, step + 1)
+            step += 1
+            held.put(state, float(table.sigmas[step]))
+            if step == table.steps or not self._reused[step]:
+                return state, step
+
     def _loras(self) -> dict[str, Array]:
         """How much of each LoRA the rows get, if the next call's graph takes that."""
         if self._manifest.shape_of(self.graph, "lora_scales") is None:
@@ -134,18 +164,24 @@ class BidirectionalSession(Session):
         self._held = self._source.within(0, noise, clean=manifest.timesteps_by_frame)
         self._state = self._held.begin(self._table, noise)
         self._state_every = request.state_every
+        self._step = 0
         if request.begun.state is not None:
             self._go_on_from(request)
 
     def _go_on_from(self, request: DenoiseRequest) -> None:
         begun, step = request.begun.state, request.begun.step
-        if begun is None or begun.shape != self._state.shape or not 0 < step < self.calls:
+        fits = begun is not None and begun.shape == self._state.shape and 0 < step < self._table.steps
+        if begun is None or not fits or self._reused[step]:
             raise ValueError(f"{request.video_id}: what was kept after step {step} is not of this video")
-        self._state, self.calls_done = begun, step
+        self._state, self._step, self.calls_done = begun, step, self._calls_before(step)
+
+    @property
+    def rows(self) -> int:
+        return self._rows_at(self._step)
 
     @property
     def calls(self) -> int:
-        return self._table.steps
+        return self._calls_before(self._table.steps)
 
     @property
     def next_chunk(self) -> tuple[int, int]:
@@ -153,7 +189,7 @@ class BidirectionalSession(Session):
 
     @property
     def graph(self) -> GraphName:
-        return "denoiser" if self._table.timesteps[self.calls_done] >= self._boundary else "denoiser_2"
+        return "denoiser" if self._table.timesteps[self._step] >= self._boundary else "denoiser_2"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -163,14 +199,14 @@ class BidirectionalSession(Session):
         return {
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": self._timesteps(),
-            "encoder_hidden_states": self._text,
+            "encoder_hidden_states": self._text[: self.rows],
             **{name: np.repeat(value[None], self.rows, axis=0) for name, value in self._seen.items()},
             **self._loras(),
         }
 
     def _timesteps(self) -> Floats:
         """For each row, or for each of its frames: then those that are given are at 0, since they are clean."""
-        timestep = self._table.timesteps[self.calls_done]
+        timestep = self._table.timesteps[self._step]
         if not self._manifest.timesteps_by_frame:
             return np.repeat(timestep, self.rows)
         by_frame = np.full((self.rows, self._shape[1]), timestep)
@@ -178,13 +214,13 @@ class BidirectionalSession(Session):
         return by_frame
 
     def take(self, outputs: Mapping[str, Array]) -> list[LatentChunk | SamplerState]:
-        self._state = _advance(self._table, self.calls_done, self._state, outputs["velocity"], self._noise)
+        before = self._step
+        self._state, self._step = self._advance(self._step, self._state, outputs["velocity"], self._noise, self._held)
         self.calls_done += 1
-        self._held.put(self._state, float(self._table.sigmas[self.calls_done]))
-        if self.calls_done < self.calls:
-            kept = self._state_every and self.calls_done % self._state_every == 0
+        if self._step < self._table.steps:
+            kept = self._state_every and self._step // self._state_every > before // self._state_every
             # Not a copy: a step makes a new array and leaves this one as it is.
-            return [SamplerState(self.calls_done, self._state)] if kept else []
+            return [SamplerState(self._step, self._state)] if kept else []
         latents = self._state[0][:, self._added :]
         parts = self._manifest.chunks(latents.shape[1])
         return [
@@ -204,6 +240,7 @@ class CausalSession(Session):
     """
 
     _state: Floats
+    _step: int
 
     def __init__(self, manifest: Manifest, request: DenoiseRequest, arrays: Arrays) -> None:
         super().__init__(manifest, request)
@@ -215,22 +252,28 @@ class CausalSession(Session):
         grid = height // self._patch, width // self._patch
         causal = manifest.causal
         # One allocation for the whole video; a chunk overwrites the one that has left the window.
-        self._cache = arrays.zeros((self.rows, causal.layers, 2, self._window.cached_frames, *grid, causal.dim))
+        self._cache = arrays.zeros((len(self._texts), causal.layers, 2, self._window.cached_frames, *grid, causal.dim))
         self._finished = request.begun.chunks
         if len(self._finished) >= self.chunks:
             raise ValueError(f"{request.video_id}: all {self.chunks} chunks are finished")
-        self.calls_done = max(0, len(self._finished) - self._given) * self._table.steps
+        self.calls_done = max(0, len(self._finished) - self._given) * self._calls_before(self._table.steps)
         self._begin_chunk(0)
 
     @property
     def calls(self) -> int:
-        return self._given + (self.chunks - self._given) * (self._table.steps + 1) - 1
+        return self._given + (self.chunks - self._given) * (self._calls_before(self._table.steps) + 1) - 1
+
+    @property
+    def rows(self) -> int:
+        # The pass that moves the cache on is for the negative prompt's part of it too.
+        return self._rows_at(self._step) if self._step < self._table.steps else len(self._texts)
 
     @property
     def next_chunk(self) -> tuple[int, int]:
-        left = self._table.steps - self._step
+        a_chunk = self._calls_before(self._table.steps)
+        left = a_chunk - self._calls_before(self._step)
         # After the last step comes the pass that moves the cache on, and then another chunk.
-        return (self._chunk, left) if left else (self._chunk + 1, 1 + self._table.steps)
+        return (self._chunk, left) if left else (self._chunk + 1, 1 + a_chunk)
 
     @property
     def _given(self) -> int:
@@ -248,8 +291,8 @@ class CausalSession(Session):
         return {
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": np.repeat(timestep, self.rows),
-            "encoder_hidden_states": self._text,
-            "cache": self._cache,
+            "encoder_hidden_states": self._text[: self.rows],
+            "cache": self._cache[: self.rows],
             "write_index": np.full(self.rows, self._chunk, np.int64),
             **self._loras(),
         }
@@ -261,9 +304,7 @@ class CausalSession(Session):
             given = [self._shown()] if self._held.whole and self._chunk >= len(self._finished) else []
             self._begin_chunk(self._chunk + 1)
             return [*given]
-        self._state = _advance(self._table, self._step, self._state, outputs["velocity"], self._noise)
-        self._step += 1
-        self._held.put(self._state, float(self._table.sigmas[self._step]))
+        self._state, self._step = self._advance(self._step, self._state, outputs["velocity"], self._noise, self._held)
         if self._step < self._table.steps:
             return []
         return [self._shown()]
@@ -398,12 +439,3 @@ def _scales_of(manifest: Manifest, request: DenoiseRequest) -> Floats:
 def skipped_steps(steps: int, strength: float) -> int:
     """How many of the sampler's steps a draft skips; diffusers' rule, but one step is always left."""
     return min(steps - int(min(steps * strength, steps)), steps - 1)
-
-
-def _advance(table: SamplerTable, step: int, state: Floats, velocity: Array, noise: _Noise) -> Floats:
-    """One sampler step from the velocities of one row, or when guided of two."""
-    unconditional = velocity[1] if len(velocity) == 2 else None
-    state = advance(table.coefficients[step], state, velocity[0], unconditional)
-    if table.noise[step]:
-        state[0] += table.noise[step] * noise.draw(state[0].shape, step + 1)
-    return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
+from serving.pipeline.shortcuts import Cache
+from serving.tracing import Carrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class VideoSpec:
     they are the video's own first frames (a picture's is one; an extension's are a whole video's). With one they are a
     draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
     `source_video_id` says of which video it is, if it is one of this service.
+
+    Only the steps within `guidance_interval`, as shares of the way, are guided; `cache` says how many of them ask the
+    model (see `shortcuts`).
 
     `lora` are pairs of the name of one of the bundle's LoRAs and how much of it is wanted.
     """
@@ -45,6 +50,8 @@ class VideoSpec:
     source_frames: int = 0
     strength: float | None = None
     source_video_id: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache: Cache = "off"
     lora: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -93,7 +100,8 @@ class DenoiseRequest:
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
     bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
-    chunks are wanted by the time that they are played, and its share of the engine is larger.
+    chunks are wanted by the time that they are played, and its share of the engine is larger. `trace` is what its
+    steps' spans are below.
 
     With `steering` a causal video has no end: `spec.frames` says nothing, and `Steerable.steer` says how it goes on.
     `begun` is then what is left to remember of `chunks_before`: the context's sinks, and the last chunks.
@@ -110,6 +118,7 @@ class DenoiseRequest:
     interactive: bool = True
     steering: Steering | None = None
     chunks_before: int = 0
+    trace: Carrier = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from models.bundle import Bundle, TextInfo
 from serving.engines.engine import Engine, EngineError
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
+from serving.metrics import EMBEDDINGS
+from serving.pipeline.pace import Pace, StageState
 from serving.pipeline.stages import TextEmbedding
 
 PAD_ID = 0
@@ -46,6 +48,8 @@ class EngineTextEncoder:
         self._cache: OrderedDict[bytes, TextEmbedding] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
+        self._pace = Pace()
+        self._calls = 0
         self._one_call = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text-encoder")
 
@@ -66,15 +70,33 @@ class EngineTextEncoder:
     def cached_bytes(self) -> int:
         return self._cached_bytes
 
+    @property
+    def state(self) -> StageState:
+        """How it stands, in prompts."""
+        running = min(self._calls, 1)
+        return StageState(self._calls - running, running, self._pace.seconds(self._calls))
+
     async def encode(self, prompt: str) -> TextEmbedding:
+        self._calls += 1
+        try:
+            return await self._encode(prompt)
+        finally:
+            self._calls -= 1
+
+    async def _encode(self, prompt: str) -> TextEmbedding:
         cleaned = clean_prompt(prompt)
         key = hashlib.sha256(cleaned.encode()).digest()
         # Looked up under the lock: a prompt that is being encoded already is not encoded twice.
         async with self._one_call:
             if key in self._cache:
                 self._cache.move_to_end(key)
+                EMBEDDINGS.add(cache="hit")
                 return self._cache[key]
-            embedding = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, cleaned)
+            EMBEDDINGS.add(cache="miss")
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            embedding = await loop.run_in_executor(self._thread, self._run, cleaned)
+            self._pace.took(1, loop.time() - started)
             self._keep(key, embedding)
             return embedding
 

@@ -5,27 +5,23 @@ Set RUSHES_SCREENSHOTS to a directory to keep the pictures that are taken on the
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from browser import Page, chromium, needs_chromium
 from making import FPS, Making, queued
 from service import Service, WholeService, served, until
 
 from models.bundle import Bundle
 from serving.pipeline.local import LocalPipeline
 
-playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: install the `chromium` package")
+pytestmark = needs_chromium
 
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 # Blue of the frame that is shown after a seek to `seconds`, in the middle of the picture.
 _BLUE_AT = """async ([seconds]) => {
     const video = document.getElementById("player");
@@ -55,33 +51,18 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Any]:
-    async with playwright.async_playwright() as started:
-        opened = await started.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
-        yield opened
-        await opened.close()
+    async with chromium() as started:
+        yield started
 
 
-class Page:
-    """One tab, and everything that went wrong in it."""
-
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        self.errors: list[str] = []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
-
-    async def until(self, condition: str) -> None:
-        """Bounded by the test's own time limit. Asked from outside: the page's policy allows no `eval` in it."""
-        while not await self.page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 - nothing here can set an event
-            await asyncio.sleep(0.02)
-
+class Viewer(Page):
     async def blue_at_frame(self, frame: int) -> float:
         blue: float = await self.page.evaluate(_BLUE_AT, [(frame + 0.5) / FPS])
         return blue
 
 
-async def opened(browser: Any, client: httpx.AsyncClient, place: str = "", size: str = "desktop") -> Page:
-    page = Page(await browser.new_page(viewport=SIZES[size]))
+async def opened(browser: Any, client: httpx.AsyncClient, place: str = "", size: str = "desktop") -> Viewer:
+    page = Viewer(await browser.new_page(viewport=SIZES[size]))
     await page.page.goto(f"{client.base_url}/{place}")
     return page
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +17,24 @@ import av
 import httpx
 import openai
 import pytest
+import ray
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from prometheus_client.parser import text_string_to_metric_families
+from receiver import SECRET, Receiver, receiving
 
 from models.bundle import Bundle
 from serving.client import Rushes
-from serving.config import ServiceConfig
+from serving.config import ObservabilityConfig, ServiceConfig, WebhookConfig
 from serving.deployments.local import LocalService, free_port, local_service
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, VideoStatus
 from serving.media.fmp4 import remux_to_mp4
+from serving.metrics import exported_names
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
+from serving.tracing import trace_id_of
 
 PROMPT = "a red ball moving left"
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 4}
@@ -42,6 +50,18 @@ class RunningService:
     service: LocalService
     config: ServiceConfig
     store: SqlVideoStore
+    told: Receiver
+
+    def spans(self, video_id: str) -> list[tuple[str, Span]]:
+        """Those of its trace that have come so far, each with the replica that it is of."""
+        found = []
+        for headers, body in list(self.told.received):
+            if headers["content-type"] == "application/x-protobuf":
+                for of_replica in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    attributes = {each.key: each.value.string_value for each in of_replica.resource.attributes}
+                    for scope in of_replica.scope_spans:
+                        found += [(attributes["service.instance.id"], span) for span in scope.spans]
+        return [(replica, span) for replica, span in found if span.trace_id.hex() == trace_id_of(video_id)]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +73,18 @@ def running(
         models={"tiny": tiny_bundle.root, "tiny-causal": tiny_causal_bundle.root},
         data_dir=tmp_path_factory.mktemp("service"),
         port=free_port(),
+        webhooks=WebhookConfig(secret=SECRET, allow_private=True),
     )
-    with local_service(config) as service:
-        yield RunningService(service, config, SqlVideoStore(config.resolved_store_url))
+    with receiving() as told:
+        seen = ObservabilityConfig(
+            metrics_port=free_port(),
+            traces_url=f"http://127.0.0.1:{told.server.server_port}/v1/traces",
+            log_format="json",
+            log_level="INFO",
+        )
+        config = config.model_copy(update={"observability": seen})
+        with local_service(config) as service:
+            yield RunningService(service, config, SqlVideoStore(config.resolved_store_url), told)
 
 
 @pytest.fixture
@@ -271,6 +300,69 @@ def test_the_load_names_every_stage(client: httpx.Client) -> None:
         (model, stage) for model in ("tiny", "tiny-causal") for stage in ("text-encoder", "denoiser", "decoder")
     }
     assert all(stage["replicas"] == stage["target_replicas"] == 1 for stage in load["stages"])
+
+
+def finished(client: httpx.Client, **asked: Any) -> str:
+    video: dict[str, Any] = client.post("/v1/videos", json=ASKED | asked).json()
+    until(lambda: client.get(f"/v1/videos/{video['id']}").json()["status"], lambda status: status == "completed")
+    return str(video["id"])
+
+
+def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) -> None:
+    video_id = finished(client, webhook_url=running.told.url)
+    until(
+        lambda: [body for _, body in running.told.received], lambda bodies: any(video_id.encode() in b for b in bodies)
+    )
+    client.post(
+        "/v1/videos/characters",
+        files={"video": client.get(f"/v1/videos/{video_id}/content").content},
+        data={"name": "ball"},
+    )
+    page = f"http://127.0.0.1:{running.config.observability.metrics_port}/metrics"
+
+    def samples() -> dict[str, list[dict[str, str]]]:
+        found: dict[str, list[dict[str, str]]] = {}
+        for family in text_string_to_metric_families(httpx.get(page).text):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append(sample.labels)
+        return found
+
+    scraped = until(samples, lambda found: exported_names() <= found.keys())
+    stages = {(labels["model"], labels["stage"]) for labels in scraped["ray_rushes_stage_call_seconds_count"]}
+    assert {("tiny", "text-encoder"), ("tiny", "denoiser"), ("tiny", "decoder")} <= stages
+    assert all(labels["model"] in ("tiny", "tiny-causal") for labels in scraped["ray_rushes_videos_ended_total"])
+    assert {labels["state"] for labels in scraped["ray_rushes_jobs"]} == {"queued", "held", "in_progress", "lapsed"}
+
+
+def test_one_trace_leads_from_the_request_to_every_step(running: RunningService, client: httpx.Client) -> None:
+    video_id = finished(client)
+    wanted = {"POST /v1/videos", "attempt", "encode", "denoise", "step", "decode"}
+    spans = until(lambda: running.spans(video_id), lambda found: wanted <= {span.name for _, span in found})
+    by_id = {span.span_id: span for _, span in spans}
+    roots = [span.name for _, span in spans if span.parent_span_id not in by_id]
+    assert roots == ["POST /v1/videos"]
+    steps = [span for _, span in spans if span.name == "step"]
+    assert len(steps) == ASKED["num_inference_steps"]
+    assert {by_id[step.parent_span_id].name for step in steps} == {"denoise"}
+    # API, runner and the three stages.
+    assert len({replica for replica, _ in spans}) == 5
+
+
+def test_logs_say_which_video_and_never_what_of(running: RunningService, client: httpx.Client) -> None:
+    secret = "a heliotrope dodecahedron"
+    video_id = finished(client, prompt=secret)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+
+    def lines() -> list[str]:
+        return [
+            line for file in logs.glob("worker-*.err") for line in file.read_text().splitlines() if video_id in line
+        ]
+
+    said = json.loads(until(lines, bool)[0])
+    assert (said["video_id"], said["attempt"], said["level"]) == (video_id, 1, "INFO")
+    assert said["trace_id"] == trace_id_of(video_id)
+    everything = b"".join(file.read_bytes() for file in logs.rglob("*") if file.is_file())
+    assert secret.encode() not in everything
 
 
 def test_a_late_viewer_sees_what_the_first_one_saw(client: httpx.Client) -> None:

@@ -30,6 +30,7 @@ from PIL import Image
 from postgres import Cluster
 from standardwebhooks import Webhook
 from supervised import PROCESSES, SupervisedService
+from viewers import VICTIMS, watched
 
 from models.bundle import Bundle
 from serving.deployments.local import free_port
@@ -229,6 +230,15 @@ def test_every_video_ends_completed_once_and_the_same_whatever_dies(
             assert client.ended(video_id)["status"] == "completed"
         expected = [client.content(video_id) for video_id in undisturbed]
         assert len(set(expected)) == len(asked)
+
+        # Whoever watches a video sees each of its frames once, whichever process dies on the way.
+        long = {**asked[4], "seed": 7}
+        expected_fragments = watched(service, long)
+        assert expected_fragments.frames == 12 * 16 + 1
+        for victim in VICTIMS:
+            began = time.monotonic()
+            assert watched(service, long, victim) == expected_fragments, victim
+            print(f"watched on while the {victim} died: {time.monotonic() - began:.1f} s", flush=True)
 
         faults = Faults(service, postgres_cluster, bucket, chance)
         ids: list[str] = []

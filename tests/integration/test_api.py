@@ -182,6 +182,8 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "negative_prompt": "",
         "guidance_scale": 2.0,
         "best_of": 1,
+        "guidance_interval": [0.0, 1.0],
+        "cache": "off",
         "scene_prompts": [],
         "lora": [],
     }

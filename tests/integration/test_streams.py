@@ -17,7 +17,7 @@ import av
 import httpx
 import numpy as np
 import pytest
-from making import FPS, FRAGMENTS, WHOLE, Making, queued
+from making import CHUNKS, FPS, FRAGMENTS, WHOLE, Making, queued
 from service import Service, assert_envelope, served
 
 from models.bundle import Bundle
@@ -194,20 +194,22 @@ async def test_hls_waits_for_what_it_announces(client: httpx.AsyncClient, making
     assert 'URI="parts/1.m4s"' in live.splitlines()[-1]
 
     hinted = asyncio.create_task(client.get(base + "parts/1.m4s"))
-    blocked = asyncio.create_task(client.get(base + "media.m3u8?_HLS_msn=0&_HLS_part=2"))
-    whole = asyncio.create_task(client.get(base + "media.m3u8?_HLS_msn=0"))
+    blocked = asyncio.create_task(client.get(base + "media.m3u8?_HLS_msn=1&_HLS_part=1"))
+    whole = asyncio.create_task(client.get(base + "media.m3u8?_HLS_msn=1"))
     await making.show(1)
     assert (await hinted).content == FRAGMENTS[1].data
     assert not blocked.done()
     await making.show(2)
     assert "parts/2.m4s" in (await blocked).text
-    assert "segments/0.m4s" in (await whole).text
-    segment = await client.get(base + "segments/0.m4s")
-    assert segment.content == b"".join(fragment.data for fragment in FRAGMENTS[:3])
+    assert not whole.done()
+    await making.show(3)
+    assert "segments/1.m4s" in (await whole).text
+    for index, held in enumerate((FRAGMENTS[:1], FRAGMENTS[1:])):
+        segment = await client.get(base + f"segments/{index}.m4s")
+        assert segment.content == b"".join(fragment.data for fragment in held)
     assert (await client.get(base + "init.mp4")).content == FRAGMENTS[0].init
 
-    last = asyncio.create_task(client.get(base + "media.m3u8?_HLS_msn=1&_HLS_part=1"))
-    await making.show(3)
+    last = asyncio.create_task(client.get(base + "media.m3u8?_HLS_msn=2&_HLS_part=0"))
     await making.complete()
     assert (await last).text.endswith("segments/1.m4s\n#EXT-X-ENDLIST\n")
 
@@ -216,16 +218,45 @@ async def test_a_player_reads_the_live_and_the_finished_playlist(client: httpx.A
     url = str(client.base_url.join(f"/v1/videos/{making.id}/hls/master.m3u8"))
 
     def play() -> list[int]:
-        with av.open(url) as container:
+        with av.logging.Capture(local=False) as said, av.open(url) as container:
             assert container.streams.video[0].average_rate == FPS
-            return [round(frame.time * FPS) for frame in container.decode(video=0)]
+            numbers = [round(frame.time * FPS) for frame in container.decode(video=0)]
+        assert [line for line in said if line[0] <= av.logging.WARNING] == []
+        return numbers
 
-    await making.show(0, 1, 2)
-    live = asyncio.create_task(asyncio.to_thread(play))
-    await making.show(3)
-    await making.complete()
-    assert await live == list(range(45))
-    assert await asyncio.to_thread(play) == list(range(45))
+    av.logging.set_level(av.logging.WARNING)
+    try:
+        await making.show(0, 1, 2)
+        live = asyncio.create_task(asyncio.to_thread(play))
+        await making.show(3)
+        await making.complete()
+        assert await live == list(range(45))
+        assert await asyncio.to_thread(play) == list(range(45))
+    finally:
+        av.logging.set_level(None)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_the_multivariant_playlist_is_true(client: httpx.AsyncClient, making: Making, ended: bool) -> None:
+    """4.4.6.2: what a variant needs is no more than what its playlist says, once that is known."""
+    await making.show(0, 1, 2, 3)
+    if ended:
+        await making.complete()
+    answer = await client.get(f"/v1/videos/{making.id}/hls/master.m3u8")
+    assert answer.headers["content-type"] == "application/vnd.apple.mpegurl"
+    assert "#EXT-X-INDEPENDENT-SEGMENTS" in answer.text
+    said = dict(re.findall(r'([A-Z-]+)=("[^"]*"|[^,\n]*)', answer.text.splitlines()[-2]))
+    assert said.keys() == {"BANDWIDTH", "AVERAGE-BANDWIDTH", "CODECS", "RESOLUTION", "FRAME-RATE"}
+    bits = [8 * len(fragment.data) for fragment in FRAGMENTS]
+    seconds = [(stop - start) / FPS for start, stop in CHUNKS]
+    segments = [bits[0] / seconds[0], sum(bits[1:]) / sum(seconds[1:])]
+    assert int(said["BANDWIDTH"]) >= max(segments)
+    assert int(said["AVERAGE-BANDWIDTH"]) >= int(sum(bits) / sum(seconds))
+    assert said["RESOLUTION"] == "64x64"
+    assert said["FRAME-RATE"] == "16.000"
+    with av.open(io.BytesIO(WHOLE)) as container:
+        level = container.streams.video[0].codec_context.extradata[1:4].hex().upper()
+    assert said["CODECS"] == f'"avc1.{level}"'
 
 
 class Events:

@@ -24,9 +24,10 @@ def durations(playlist: str) -> list[float]:
 def test_segments_are_runs_of_parts_that_are_long_enough() -> None:
     segments = timeline(8).segments()
     assert [(s.first, s.stop, s.frames, s.whole) for s in segments] == [
-        (0, 3, 33, True),
-        (3, 6, 36, True),
-        (6, 8, 16, False),
+        (0, 1, 9, True),
+        (1, 4, 36, True),
+        (4, 7, 36, True),
+        (7, 8, 4, False),
     ]
     assert timeline(8, ended=True).segments()[-1].whole
 
@@ -85,13 +86,14 @@ def test_an_event_playlist_only_grows() -> None:
     ("sequence", "part", "there"),
     [
         (0, None, True),
-        (0, 2, True),
-        (0, 3, True),  # the first of the next segment
-        (1, None, False),
-        (1, 0, True),
-        (1, 1, True),
-        (1, 2, False),
-        (2, 0, False),
+        (0, 0, True),
+        (0, 1, True),  # the first of the next segment
+        (1, None, True),
+        (1, 2, True),
+        (2, None, False),
+        (2, 0, True),
+        (2, 1, False),
+        (3, 0, False),
     ],
 )
 def test_what_a_player_may_wait_for(sequence: int, part: int | None, there: bool) -> None:
@@ -100,7 +102,8 @@ def test_what_a_player_may_wait_for(sequence: int, part: int | None, there: bool
 
 
 def test_segments_last_as_long_as_they_should() -> None:
-    whole = [segment for segment in timeline(8).segments() if segment.whole]
+    first, *whole = [segment for segment in timeline(8).segments() if segment.whole]
+    assert first.frames == FRAMES[0]
     assert all(SEGMENT_SECONDS <= s.frames / FPS < SEGMENT_SECONDS + CHUNK_SECONDS for s in whole)
 
 
@@ -114,3 +117,12 @@ def test_the_multivariant_playlist_says_what_the_video_is() -> None:
         'CODECS="avc1.64000C",RESOLUTION=128x96,FRAME-RATE=16.000'
     )
     assert uri == "media.m3u8"
+
+
+def test_parts_are_named_near_the_end_alone() -> None:
+    """4.4.4.9: those more than three target durations from the end need not be there; what is left is in order."""
+    text = media_playlist(Timeline((9, *[12] * 99), FPS, CHUNK_SECONDS, ended=False))
+    named = [int(index) for index in re.findall(r'URI="parts/(\d+).m4s",INDEPENDENT', text)]
+    assert named == list(range(named[0], 100))
+    assert 3 * 3 <= (100 - named[0]) * CHUNK_SECONDS < 3 * 3 + 2 * SEGMENT_SECONDS + CHUNK_SECONDS
+    assert len(durations(text)) == 33 + 1

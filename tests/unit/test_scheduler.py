@@ -167,11 +167,11 @@ def test_a_session_that_became_smaller_shares_calls_with_its_new_shape() -> None
     scheduler.add(entry("a", shape=SHAPES[1], steps=2))
     scheduler.add(entry("b", shape=SHAPES[0], steps=1))
     assert scheduler.next_step() == ["a"]
-    scheduler.reshape("a", SHAPES[0], TOKENS[SHAPES[0]])
+    scheduler.reshape("a", SHAPES[0], TOKENS[SHAPES[0]], rows=2)
     assert scheduler.outstanding_tokens == 2 * 2 * TOKENS[SHAPES[0]]
     assert sorted(scheduler.next_step()) == ["a", "b"]
     assert not scheduler.next_step()
-    scheduler.reshape("a", SHAPES[1], TOKENS[SHAPES[1]])
+    scheduler.reshape("a", SHAPES[1], TOKENS[SHAPES[1]], rows=2)
     assert len(scheduler) == 0
 
 
@@ -225,7 +225,7 @@ def play(streams: list[Stream], batch: list[Entry], until: float, *, per_call: f
             if id in by_id:
                 by_id[id].ran(now)
                 entry = entries[id]
-                scheduler.reshape(id, entry.shape, entry.tokens_per_row, by_id[id].due)
+                scheduler.reshape(id, entry.shape, entry.tokens_per_row, rows=entry.rows, due=by_id[id].due)
     return batched, calls
 
 
@@ -305,5 +305,5 @@ def test_the_earliest_due_of_two_goes_first() -> None:
     scheduler.add(replace(entry("later", rows=2, steps=9), due=Due(10.3, 1)))
     scheduler.add(replace(entry("sooner", rows=2, steps=9), due=Due(10.2, 1)))
     assert [scheduler.next_step(now=10.0), scheduler.next_step(now=10.1)] == [["sooner"], ["sooner"]]
-    scheduler.reshape("sooner", SHAPES[1], 36, Due(11.2, 1))
+    scheduler.reshape("sooner", SHAPES[1], 36, rows=2, due=Due(11.2, 1))
     assert scheduler.next_step(now=10.2) == ["later"]

@@ -1,0 +1,38 @@
+"""How fast a stage is on the hardware that it runs on, learnt from its own calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.metrics import STAGE_BUSY, STAGE_CALL
+
+# What came so many calls ago counts a third: a GPU that others share changes its pace.
+_REMEMBERED_CALLS = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """A stage in one replica: calls or videos that wait for a place, those in work, and the seconds that all of them
+    together will take here."""
+
+    waiting: int
+    in_flight: int
+    outstanding_seconds: float
+
+
+class Pace:
+    """Seconds for a unit of work: tokens for a denoiser, latents for a decoder, calls for a text encoder."""
+
+    def __init__(self) -> None:
+        self._units = self._seconds = 0.0
+
+    def took(self, units: float, seconds: float) -> None:
+        """An engine call of so many units. It is measured, too."""
+        kept = 1 - 1 / _REMEMBERED_CALLS
+        self._units, self._seconds = kept * self._units + units, kept * self._seconds + seconds
+        STAGE_BUSY.add(seconds)
+        STAGE_CALL.observe(seconds)
+
+    def seconds(self, units: float) -> float:
+        """What so much work will take; 0 before the first call, which nothing is known of."""
+        return units * self._seconds / self._units if self._units else 0.0

@@ -1,0 +1,36 @@
+"""Somebody watches a video through the Python client, and a process dies meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from supervised import SupervisedService
+
+from serving.client import Rushes
+
+# A decoder, a denoiser, a runner, and the replica that the viewer is connected to.
+VICTIMS = ("decoder", "denoiser", "runner", "api")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came, each as it came: which fragments, their bytes, and how many frames were in them."""
+
+    indexes: list[int]
+    data: list[bytes]
+    frames: int
+
+
+def watched(service: SupervisedService, body: dict[str, Any], victim: str | None = None) -> Seen:
+    """All of a new video, whose stream goes through the death of `victim` after its second fragment."""
+    indexes, data, frames = [], [], 0
+    with Rushes(service.url) as rushes:
+        video = rushes.create(**body)
+        for chunk in rushes.watch(video["id"]):
+            indexes.append(chunk.index)
+            data.append(chunk.data)
+            frames += len(chunk.frames())
+            if victim is not None and len(indexes) == 2:
+                assert service.kill(victim), victim
+    return Seen(indexes, data, frames)
