@@ -14,7 +14,8 @@ from models.bundle import GraphInfo, Manifest, SamplerInfo, TensorInfo
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import GOES_ON_STRENGTH, PICTURE_STRENGTH, Session, open_session, skipped_steps
+from serving.pipeline.sessions import Session, open_session, skipped_steps
+from serving.pipeline.sources import GOES_ON_STRENGTH, PICTURE_STRENGTH
 from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk
 
 
