@@ -41,7 +41,10 @@ class _Strict(BaseModel):
 class AutoscalingConfig(_Strict):
     """How many replicas a stage has. Handed to Ray Serve, which would accept a misspelt key in silence."""
 
-    min_replicas: PositiveInt = Field(default=1, description="Replicas that are always there.")
+    min_replicas: NonNegativeInt = Field(
+        default=1,
+        description="Replicas that are always there; with 0 an idle model goes, and its next video waits for it.",
+    )
     max_replicas: PositiveInt = Field(default=1, description="Replicas there may be at most.")
     target_ongoing_requests: PositiveFloat = Field(default=4.0, description="Requests a replica should have in hand.")
     upscale_delay_seconds: NonNegativeFloat = Field(
@@ -255,7 +258,12 @@ class ServiceConfig(_Strict):
     artifacts_url: str | None = Field(
         default=None,
         description="Where finished videos and uploads are kept: an fsspec URL, such as `s3://bucket/prefix` or "
-        "`gs://bucket/prefix`; `data_dir` when it is left out. Fragment logs are always in `data_dir`.",
+        "`gs://bucket/prefix`; `data_dir` when it is left out.",
+    )
+    log_sharing: Literal["directory", "artifacts"] = Field(
+        default="directory",
+        description="How the replicas come to see a video while it is made: they share `data_dir`, or each fragment is "
+        "put below `artifacts_url` too, and `data_dir` may be a directory of each machine's own.",
     )
     artifacts_options: dict[str, Any] = Field(
         default={}, description="What fsspec is told for that URL, such as `endpoint_url`."

@@ -6,6 +6,7 @@ is known which bundles will be wanted, in that order, and the first test that wa
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ from typing import Any
 from models.bundle import MANIFEST, Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-_AT_ONCE = 2
+# With several workers (pytest-xdist), each of them has its own.
+_AT_ONCE = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def build(name: str, path: Path) -> None:
@@ -38,15 +40,17 @@ def build(name: str, path: Path) -> None:
 
 
 def export(name: str, path: Path) -> None:
-    """Export the checkpoint `name` to `path`, in a process of its own."""
+    """Export the checkpoint `name` to `path`, in a process of its own, unless another worker's does or has."""
     import torch
 
     from export.checkpoint import export_checkpoint
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        build(name, Path(folder) / name)
-        export_checkpoint(Path(folder) / name, path)
+    with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory() as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (path / MANIFEST).exists():
+            build(name, Path(folder) / name)
+            export_checkpoint(Path(folder) / name, path)
 
 
 class Exports:

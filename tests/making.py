@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import numpy as np
 from service import Service
 
 from serving.jobs.fragment_log import FragmentLog, LogWriter
 from serving.jobs.store import Video
-from serving.media.fmp4 import EncodedFragment, encode_fragment
+from serving.media.fmp4 import Codec, EncodedFragment, encode_fragment
 
 FPS = 16
 CHUNKS = ((0, 9), (9, 21), (21, 33), (33, 45))
 
 
-def made_fragments() -> list[EncodedFragment]:
+def made_fragments(codec: Codec = "h264") -> list[EncodedFragment]:
     y, x = np.mgrid[0:64, 0:64].astype(np.float32)
     clip = np.stack([np.stack([4 * x, 4 * y, np.full_like(x, 5 * n)], -1) for n in range(45)]).astype(np.uint8)
     return [
-        encode_fragment(clip[start:stop], fps=FPS, index=index, first_frame=start)
+        encode_fragment(clip[start:stop], fps=FPS, index=index, first_frame=start, codec=codec)
         for index, (start, stop) in enumerate(CHUNKS)
     ]
 
@@ -33,6 +35,7 @@ class Making:
     def __init__(self, service: Service, video: Video, writer: LogWriter) -> None:
         self.service, self.video, self.writer = service, video, writer
         self.id = video.id
+        self.fragments = FRAGMENTS
 
     @classmethod
     async def begun(cls, service: Service, video_id: str) -> Making:
@@ -44,8 +47,10 @@ class Making:
     async def show(self, *indexes: int) -> None:
         for index in indexes:
             start, stop = CHUNKS[index]
-            fragment = FRAGMENTS[index]
+            fragment = self.fragments[index]
             await self.writer.append(index, start, stop - start, fragment.init, fragment.data)
+            if self.service.storage.copies is not None:
+                await self.service.storage.copies.put(self.writer.log, index)
 
     async def complete(self) -> None:
         await self.writer.close()
@@ -57,8 +62,9 @@ class Making:
         await self.service.store.fail(self.id, self.video.fence, "generation_failed", "out of memory")
 
 
-async def queued(client: httpx.AsyncClient) -> str:
-    answer = await client.post("/v1/videos", json={"prompt": "a red ball", "seconds": 3, "size": "64x64"})
+async def queued(client: httpx.AsyncClient, **settings: Any) -> str:
+    asked = {"prompt": "a red ball", "seconds": 3, "size": "64x64", **settings}
+    answer = await client.post("/v1/videos", json=asked)
     assert answer.status_code == 200, answer.text
     video_id: str = answer.json()["id"]
     return video_id

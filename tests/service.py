@@ -30,6 +30,8 @@ from serving.jobs.storage import Storage
 from serving.jobs.store import SqlVideoStore, Video
 from serving.pipeline.local import LocalPipeline
 
+# A URL for fsspec, and its options.
+SharedFiles = tuple[str, dict[str, Any]]
 MAX_BODY = 1 << 20
 MAX_FILE = 3 << 20
 REFERENCES = ReferencePolicy(max_bytes=1 << 20)
@@ -71,14 +73,23 @@ async def until(holds: Callable[[], bool]) -> None:
 class Service:
     """The application over a store of its own; `wakes` counts how often the runners were told of news."""
 
-    def __init__(self, bundle: Bundle, data_dir: Path, *, require_keys: bool = False, url: str = "") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        data_dir: Path,
+        *,
+        require_keys: bool = False,
+        url: str = "",
+        shared_files: SharedFiles | None = None,
+    ) -> None:
+        """With `shared_files` the data directory is this one's alone."""
         self.url = url or f"sqlite:///{data_dir / 'videos.db'}"
         database = Database.open(self.url)
         self.store = SqlVideoStore(database)
-        self.artifacts = Artifacts(data_dir)
+        self.artifacts = Artifacts(data_dir, *(shared_files or ()))
         self.videos_dir = self.artifacts.videos_dir
         self.wakes = 0
-        self.storage = Storage.over(database, self.store, self.artifacts)
+        self.storage = Storage.over(database, self.store, self.artifacts, copy_logs=shared_files is not None)
         self.batch_worker = BatchWorker(self.storage, Catalog({"tiny": bundle}, {}))
         self.api = create_api(
             self.storage,
@@ -122,14 +133,20 @@ class WholeService:
     """Runner, stages, store, log and HTTP together in one process, without Ray."""
 
     def __init__(
-        self, bundle: Bundle, pipeline: LocalPipeline, data_dir: Path, *, webhook_secret: str | None = None
+        self,
+        bundle: Bundle,
+        pipeline: LocalPipeline,
+        data_dir: Path,
+        *,
+        webhook_secret: str | None = None,
+        shared_files: SharedFiles | None = None,
     ) -> None:
         self.webhook_secret = webhook_secret
         self.webhooks = WebhookPolicy(enabled=webhook_secret is not None, allow_private=True)
         database = Database.open(f"sqlite:///{data_dir / 'videos.db'}")
         self.store = SqlVideoStore(database, max_attempts=2)
-        self.artifacts = Artifacts(data_dir)
-        self.storage = Storage.over(database, self.store, self.artifacts)
+        self.artifacts = Artifacts(data_dir, *(shared_files or ()))
+        self.storage = Storage.over(database, self.store, self.artifacts, copy_logs=shared_files is not None)
         self.videos_dir = self.artifacts.videos_dir
         self.stages: dict[str, Any] = {
             "text_encoder": pipeline.text_encoder,

@@ -99,6 +99,7 @@ def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
             guidance_interval=body.guidance_interval,
             cache=body.cache,
             lora=body.lora,
+            codec=body.codec,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

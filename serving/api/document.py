@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from models.bundle import LimitsInfo
 from serving.api.models import Catalog
+from serving.media.fmp4 import CODECS
 from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_LORA_SCALE, MAX_SEED, MIN_GUIDANCE_SCALE
 from serving.pipeline.shortcuts import CACHES
 
@@ -110,6 +111,7 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
         "rewrite_prompt": {"type": "boolean"} if rewrites else {"type": "boolean", "enum": [False]},
         "scene_prompts": {"type": "array", "items": scene, "maxItems": 100 if causal else 0},
         "lora": _lora([lora.name for manifest in manifests for lora in manifest.loras]),
+        "codec": {"type": "string", "enum": [*CODECS]},
         "webhook_url": _webhook(webhooks),
     }
 

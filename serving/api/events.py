@@ -103,24 +103,25 @@ class _Telling:
 
     async def _tell_state(self) -> None:
         """From the queue to the end, as the store has it; what changes faster than it is read is left out."""
-        attempt, told = 0, ("", 0)
+        attempt, told = 0, ("", 0, 0)
         while True:
             video = await self._storage.videos.get(self._watch.video.id)
             if video is None or video.deleted_at is not None or video.status.final:
                 return
             if video.status is VideoStatus.QUEUED:
                 attempt = 0
-                state: tuple[str, int] = "queued", await self._estimates.videos_ahead(video)
+                state: tuple[str, int, int] = "queued", await self._estimates.videos_ahead(video), 0
                 if state != told:
                     await self._put("queued", {"position": state[1]})
             else:
                 if video.attempt != attempt:
                     attempt = video.attempt
                     await self._put("started", {"attempt": attempt, "started_at": video.started_at})
-                    told = "progress", 0
-                state = "progress", video.progress
+                    told = "progress", 0, 0
+                state = "progress", video.progress, video.step
                 if state != told:
-                    await self._put("progress", {"progress": video.progress})
+                    about = {"progress": video.progress, "step": video.step, "steps": video.steps}
+                    await self._put("progress", about)
             told = state
             await asyncio.sleep(_LOOK_SECONDS)
 

@@ -6,18 +6,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from serving.jobs.estimates import Estimates
 
 
 class StageLoad(BaseModel):
-    """One stage of one model: replicas that work, and all that there are or will be."""
+    """One stage of one model, over all its replicas."""
 
     model: str
     stage: str
-    replicas: int
-    target_replicas: int
+    replicas: int = Field(description="Those that work.")
+    target_replicas: int = Field(description="All that there are or will be.")
+    waiting: int | None = Field(default=None, description="Calls or videos that wait for a place; null if not known.")
+    in_work: int | None = Field(default=None, description="Those that have one.")
+    outstanding_seconds: float | None = Field(default=None, description="What all of them will take.")
+    occupancy: float | None = Field(
+        default=None,
+        description="Which part of the time engines ran, 0 to 1, since this replica of the API was last asked; null at "
+        "first.",
+    )
 
 
 class Load(BaseModel):

@@ -51,6 +51,7 @@ class SessionSettings(PromptChange):
     num_inference_steps: WholeNumber | None = None
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     rewrite_prompt: bool | None = None
+    codec: str | None = None
 
     @field_validator("negative_prompt")
     @classmethod

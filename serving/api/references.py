@@ -129,6 +129,7 @@ def references_router(
             lora=[{"name": name, "scale": scale} for name, scale in request.get("lora", ())]
             if body.lora is None
             else body.lora,
+            codec=request.get("codec"),
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest

@@ -69,6 +69,7 @@ class CreateVideoRequest(BaseModel):
         default=None,
         description="The model's LoRAs to use: a name, an object with `name` and `scale` (1 if left out), or a list.",
     )
+    codec: str | None = Field(default=None, description="What encodes it: `h264`, `av1` or `vp9`; the first if null.")
     webhook_url: str | None = Field(
         default=None, description="What to call when the video has ended, with a signed event."
     )
@@ -205,6 +206,7 @@ class VideoObject(BaseModel):
     cache: str
     scene_prompts: list[ScenePrompt]
     lora: list[LoraScale]
+    codec: str
     estimated_seconds_left: float | None = Field(
         default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
     )
@@ -237,6 +239,7 @@ def video_object(video: Video, *, estimated_seconds_left: float | None = None) -
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],
         lora=[LoraScale(name=name, scale=scale) for name, scale in video.request.get("lora", ())],
+        codec=video.request.get("codec", "h264"),
         estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
 
 from fastapi.responses import StreamingResponse
@@ -15,9 +13,8 @@ from serving.api.errors import ApiError
 from serving.jobs.fragment_log import FragmentLog, LogEnd, LogEntry, LogFailed
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video, VideoStatus
+from serving.media.trailer import error_box
 
-# The scheme of the event message that ends a failed video.
-ERROR_SCHEME = "urn:rushes:error:2026"
 _PIECE_BYTES = 1 << 17
 
 
@@ -36,10 +33,12 @@ class Watch:
         self.video = video
         self.log = FragmentLog.open(storage.artifacts.videos_dir, video.id)
         self._store = storage.videos
+        self._copies = storage.copies
 
     async def entries(self, from_fragment: int = 0) -> AsyncGenerator[LogEntry, None]:
         """As `FragmentLog.watch`, until the log is closed. Raises `LogFailed` when the video fails."""
-        async with aclosing(self.log.watch(from_fragment, ask_end=self.end_in_store)) as entries:
+        following = self._copies.following(self.video.id) if self._copies else nullcontext()
+        async with following, aclosing(self.log.watch(from_fragment, ask_end=self.end_in_store)) as entries:
             async for entry in entries:
                 yield entry
 
@@ -66,6 +65,8 @@ class Watch:
         video = await self._store.get(self.video.id)
         if video is None or video.deleted_at is not None:
             return LogEnd("video_deleted", "The video is gone.")
+        if self._copies is not None:
+            await self._copies.catch_up(video)
         if video.status is VideoStatus.FAILED:
             return LogEnd(video.error_code or "failed", video.error_message or "The video failed.")
         return LogEnd() if video.status is VideoStatus.COMPLETED else None
@@ -114,13 +115,6 @@ async def follow_video(watch: Watch, from_fragment: int = 0) -> AsyncIterator[by
                     yield piece
     except LogFailed as failure:
         yield error_box(failure.code, failure.message)
-
-
-def error_box(code: str, message: str) -> bytes:
-    """An event message box, version 1 (ISO/IEC 23009-1, 5.10.3.3), whose data is the error as JSON."""
-    data = json.dumps({"code": code, "message": message}).encode()
-    body = struct.pack(">BxxxIQII", 1, 1, 0, 0, 0) + f"{ERROR_SCHEME}\0{code}\0".encode() + data
-    return struct.pack(">I4s", 8 + len(body), b"emsg") + body
 
 
 def stream_headers(video: Video) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serving.bench.calls import Call, VideoCalls
@@ -45,6 +45,23 @@ def breakdown_table(told: Breakdown) -> str:
     parts = {**told.parts, "the rest: HTTP, queue, Ray, sampler, copies, log": told.rest, "whole": told.whole}
     rows = [(name, seconds(value), share(value / told.whole if told.whole else None)) for name, value in parts.items()]
     return table(["where a request's time goes", "takes", "of the whole"], rows)
+
+
+def occupancy(told: Sequence[Breakdown], wall_seconds: float) -> dict[str, float]:
+    """How busy each stage was at the most, as a share of the time: what these requests need alone over all of it.
+
+    Calls that several requests share take less than the sum of what each takes alone, so it may be more than one.
+    """
+    sums: dict[str, float] = {}
+    for one in told:
+        for name, value in one.parts.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {name: value / wall_seconds if wall_seconds else 0.0 for name, value in sums.items()}
+
+
+def occupancy_table(occupied: Mapping[str, float]) -> str:
+    rows = [(name, share(value)) for name, value in occupied.items()]
+    return table(["what the requests need alone, over the time that they took together", "of one engine's time"], rows)
 
 
 def _run(calls: Iterable[Call]) -> float:

@@ -86,10 +86,13 @@ class Target:
         api_key: str | None = None,
         timeout_seconds: float = 600.0,
         poll_seconds: float = 0.1,
+        form: bool = False,
         delete: bool = False,
     ) -> None:
-        """`delete` has every video deleted once it has ended, outside of what is measured."""
+        """`form` sends multipart forms, as the openai SDK does, for servers that take nothing else; `delete` has every
+        video deleted once it has ended, outside of what is measured."""
         self.follow = follow
+        self._form = form
         self._timeout_seconds, self._poll_seconds, self._delete = timeout_seconds, poll_seconds, delete
         unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self.http = httpx.AsyncClient(
@@ -161,7 +164,7 @@ class Target:
             seen.video_seconds = float(video["seconds"])
 
     async def _create(self, ask: Ask, seen: _Seen) -> Mapping[str, Any]:
-        video = _answer(await self.http.post("/v1/videos", json=dict(ask.body)))
+        video = _answer(await self.http.post("/v1/videos", **self._sent(ask.body)))
         seen.accepted, seen.video_id = self.now(), str(video["id"])
         return video
 
@@ -178,7 +181,7 @@ class Target:
             await self._create(ask, seen)
             request = self.http.build_request("GET", f"/v1/videos/{seen.video_id}/stream")
         else:
-            request = self.http.build_request("POST", "/v1/videos", json={**ask.body, "stream": True})
+            request = self.http.build_request("POST", "/v1/videos", **self._sent({**ask.body, "stream": True}))
         response = await self.http.send(request, stream=True)
         try:
             if response.is_error:
@@ -193,6 +196,13 @@ class Target:
                     yield Arrived(at, fragment_seconds(chunk.init, chunk.data))
         finally:
             await response.aclose()
+
+    def _sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._form:
+            return {"json": dict(body)}
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
+        # As files without names: httpx sends what isn't one as a form of another kind.
+        return {"files": {name: (None, text) for name, text in texts.items()}}
 
 
 def kind_of(failure: Exception) -> str:

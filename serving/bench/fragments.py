@@ -15,7 +15,16 @@ _TRUN_SAMPLE = {0x000100: 4, 0x000200: 4, 0x000400: 4, 0x000800: 4}
 
 def fragment_seconds(init: bytes, fragment: bytes) -> float:
     """Of one `moof`+`mdat` with one track (ISO/IEC 14496-12). Raises `ValueError` for what has no durations."""
-    timescale = _timescale(init)
+    try:
+        ticks, timescale = _ticks(init, fragment), _timescale(init)
+    except (struct.error, IndexError):
+        raise ValueError("what came is no MP4") from None
+    if not ticks:
+        raise ValueError("the fragment says no duration")
+    return ticks / timescale
+
+
+def _ticks(init: bytes, fragment: bytes) -> int:
     ticks = 0
     default: int | None = None
     for kind, body in _boxes(fragment):
@@ -23,9 +32,7 @@ def fragment_seconds(init: bytes, fragment: bytes) -> float:
             default = _default_duration(body)
         elif kind == b"trun":
             ticks += _duration(body, _trex_duration(init) if default is None else default)
-    if not ticks:
-        raise ValueError("the fragment says no duration")
-    return ticks / timescale
+    return ticks
 
 
 def _timescale(init: bytes) -> int:

@@ -88,7 +88,9 @@ def running(checkpoint: Path, variant: Variant) -> Iterator[Peer]:
     port = free_port()
     arguments = ["serving.bench.peer", str(checkpoint), "--precision", variant.precision, "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
-    with server([*arguments, *(["--compiled"] if variant.compiled else [])], url, "/openapi.json"):
+    arguments += ["--compiled"] if variant.compiled else []
+    # It keeps nothing, and would wait for its one thread to come out of torch.
+    with server(arguments, url, "/openapi.json", stop_seconds=2.0):
         yield Peer(url, variant)
 
 

@@ -26,8 +26,11 @@ class NotStarted(OSError):  # noqa: N818
 
 
 @contextmanager
-def server(arguments: Sequence[str], url: str, ready: str) -> Iterator[None]:
-    """`python -m` these arguments, from when `GET url/ready` answers until the end. Raises `NotStarted`."""
+def server(arguments: Sequence[str], url: str, ready: str, *, stop_seconds: float = _STOP_SECONDS) -> Iterator[None]:
+    """`python -m` these arguments, from when `GET url/ready` answers until the end. Raises `NotStarted`.
+
+    It has `stop_seconds` to end as by Ctrl-C; then it is killed with all that it has started.
+    """
     # Settings for a shared machine's threads are not for what is measured: a server knows its own.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     with tempfile.TemporaryFile("w+") as said:
@@ -49,7 +52,7 @@ def server(arguments: Sequence[str], url: str, ready: str) -> Iterator[None]:
                 time.sleep(0.1)
             yield
         finally:
-            _end(process)
+            _end(process, stop_seconds)
 
 
 @contextmanager
@@ -75,12 +78,11 @@ def _answers(url: str) -> bool:
     return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C would; what doesn't end in a minute is killed with all that it has started."""
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(_STOP_SECONDS)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

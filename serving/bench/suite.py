@@ -103,10 +103,12 @@ class Results:
         }
 
 
-def run(options: Options, say: Say) -> Results:
-    """Raises `NotStarted` when the service doesn't start; whatever fails after that is in the results."""
-    started = time.monotonic()
-    run = _Run(options, Results(this_machine()), say)
+def run(options: Options, say: Say, save: Callable[[Results], None]) -> Results:
+    """Raises `NotStarted` when the service doesn't start; whatever fails after that is in the results.
+
+    `save` is called with what there is whenever something was measured.
+    """
+    run = _Run(options, Results(this_machine()), say, save)
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
         for bundle in run.bundles:
             with run.covering():
@@ -120,18 +122,16 @@ def run(options: Options, say: Say) -> Results:
             run.measure_bidirectional(url)
             run.measure_causal(url)
             run.measure_peers(url)
-    order = {figure: place for place, figure in enumerate(ALL)}
-    run.results.figures.sort(key=lambda one: order[one.figure])
-    run.results.seconds = time.monotonic() - started
     return run.results
 
 
 class _Run:
     """The scenarios in their order; each adds to the results."""
 
-    def __init__(self, options: Options, results: Results, say: Say) -> None:
+    def __init__(self, options: Options, results: Results, say: Say, save: Callable[[Results], None]) -> None:
         self.options, self.results = options, results
-        self._say = say
+        self._say, self._save = say, save
+        self._started = time.monotonic()
         self.bundles = [bundle for bundle in (options.bundle, options.causal) if bundle is not None]
 
     def measure_bidirectional(self, url: str) -> None:
@@ -172,7 +172,7 @@ class _Run:
             return
         bench = self._bench(url, self.options.bundle)
         mixed: list[float] = []
-        with self.covering(MIXED):
+        with self.covering(MIXED):  # the peer's comes last, when it is known which is the best
             mixed = self._await(scenarios.mixed(bench))
         for variant in peers.variants():
             self._time(bench, variant)
@@ -182,7 +182,8 @@ class _Run:
         best = peers.faster(self.results.peers)
         if peers.can_compile():
             self._time(bench, best)
-        self._against_peers()
+        with self.covering():
+            self._against_peers()
         if mixed:
             with self.covering(MIXED):
                 self.results.figures.append(self._mixed(bench, mixed))
@@ -196,6 +197,10 @@ class _Run:
             why = " ".join(str(error).split()) or type(error).__name__
             self._say(f"not measured: {why}")
             self._left_out(why[:300], *figures)
+        order = {figure: place for place, figure in enumerate(ALL)}
+        self.results.figures.sort(key=lambda one: order[one.figure])
+        self.results.seconds = time.monotonic() - self._started
+        self._save(self.results)
 
     def _time(self, bench: Bench, variant: peers.Variant) -> None:
         """One way to run diffusers; its times, with ours for the same request in the same rounds."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from serving.cli import bench, bundles, clients, make, service
+from serving.cli import bench, bundles, clients, load, make, service
 
 
 class _Commands(TyperGroup):
@@ -51,7 +51,7 @@ app.command("reload")(service.reload_service)
 app.command("list")(clients.list_videos)
 app.command("export tensorrt")(bundles.export_tensorrt)
 database.command("upgrade")(service.upgrade_database)
-benchmarks.command()(bench.load)
+benchmarks.command()(load.load)
 benchmarks.command()(bench.engines)
 benchmarks.command()(bench.peers)
 benchmarks.command()(bench.report)

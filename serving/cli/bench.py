@@ -1,24 +1,23 @@
-"""`rushes bench`: a service under load, the engines alone, the peers, and all of it for BENCHMARKS.md."""
+"""`rushes bench`: the engines alone, the peers, and all of it for BENCHMARKS.md; `load` has a file of its own."""
 
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from serving.cli.terminal import (
     BAD_INPUT,
-    DEFAULT_URL,
     FAILED,
-    ApiKey,
+    INTERRUPTED,
     Config,
-    Url,
     console,
     fail,
     output_file,
@@ -28,149 +27,25 @@ from serving.cli.terminal import (
 from serving.config import MINI_BUNDLE, ConfigError, ServiceConfig, load_config
 
 if TYPE_CHECKING:
-    from serving.bench.asks import Arrival, Ask
-    from serving.bench.following import Outcome, Target
+    from serving.bench.suite import Results
 
 CHECKPOINT = MINI_BUNDLE.parent / "checkpoint"
 
 
-class Follow(StrEnum):
-    stream = "stream"
-    watch = "watch"
-    poll = "poll"
-
-
-Model = Annotated[str | None, typer.Option(help="The model; the server's default when left out.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")]
 Seconds = Annotated[int | None, typer.Option(min=1, help="Length of each video.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; not every server takes them.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; not every server takes it.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")]
 Json = Annotated[Path | None, typer.Option("--output", "-o", help="Write everything as JSON to this file.")]
 Times = Annotated[int, typer.Option(min=1, help="How often each figure is measured.")]
-
-
-def load(
-    url: Url = DEFAULT_URL,
-    follow: Annotated[
-        Follow,
-        typer.Option(
-            help="stream: the answer to the POST is the video. watch: a job, and then its /stream. Both are for "
-            "Rushes. poll: a job that is asked about, on any server with the Videos API."
-        ),
-    ] = Follow.stream,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests in a second, as a Poisson process: nobody waits for an answer.")
-    ] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="So many requests at a time instead.")] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="Arrivals from this file instead: a JSON object a line with at_seconds and any of prompt, model, "
-            "size, seconds, num_inference_steps, guidance_scale, negative_prompt, seed, priority, label and fields.",
-        ),
-    ] = None,
-    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many, without a trace.")] = 16,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, taken in turn.")] = None,
-    model: Model = None,
-    size: Size = None,
-    seconds: Seconds = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=JSON", help="Another field of every request; may be repeated.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="The first request's seed and the arrivals'; -1 sends no seeds.", min=-1)
-    ] = 0,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests before, one by one, that aren't counted.")] = 1,
-    slo_seconds: Annotated[float | None, typer.Option(help="The goal for a request's latency.")] = None,
-    slo_first_chunk_seconds: Annotated[float | None, typer.Option(help="The goal for its first chunk.")] = None,
-    startup_seconds: Annotated[float, typer.Option(min=0, help="What a viewer holds before the start.")] = 1.0,
-    timeout_seconds: Annotated[float, typer.Option(min=0.1, help="When a request is given up.")] = 600.0,
-    poll_seconds: Annotated[float, typer.Option(min=0.001, help="How often --follow poll asks.")] = 0.1,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(help="The bundle that is served on this machine: says what of the latency its engines need."),
-    ] = None,
-    config: Config = None,
-    api_key: ApiKey = None,
-    output: Json = None,
-    plots: Annotated[Path | None, typer.Option(help="Write plots into this directory, as PNG.")] = None,
-) -> None:
-    """Send requests to a server with the Videos API, and say how it did; prints Markdown.
-
-    Latencies count from when a request should have been sent. The exit code is 1 when any request failed.
-    """
-    import asyncio
-
-    from serving.bench.breakdown import breakdown_table
-    from serving.bench.following import Follow as Following
-    from serving.bench.following import Target
-    from serving.bench.machine import this_machine
-    from serving.bench.plots import check_plots, plot_load
-    from serving.bench.report import Goals, report
-    from serving.bench.tables import load_table
-
-    with _said():
-        if sum(given is not None for given in (rate, concurrency, trace)) > 1:
-            raise ConfigError("--rate, --concurrency and --trace exclude each other")
-        if rate is not None and rate <= 0:
-            raise ConfigError(f"--rate must be positive, not {rate}")
-        body = {
-            "model": model,
-            "size": size,
-            "seconds": None if seconds is None else str(seconds),
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            **dict(map(_field, field or ())),
-        }
-        arrivals, warming = _arrivals(rate, trace, requests, prompts, body, None if seed < 0 else seed, warm_up)
-        if output is not None:
-            output_file(output)
-        if plots is not None:
-            check_plots()
-            plots.mkdir(parents=True, exist_ok=True)
-
-        async def measured() -> list[Outcome]:
-            async with Target(
-                url,
-                Following(follow.value),
-                api_key=api_key,
-                timeout_seconds=timeout_seconds,
-                poll_seconds=poll_seconds,
-            ) as target:
-                return await _measured(target, arrivals, warming, concurrency)
-
-        outcomes = asyncio.run(measured())
-        told = report(outcomes, Goals(slo_seconds, slo_first_chunk_seconds, startup_seconds))
-        print(load_table(told))
-        parts = None
-        if bundle is not None and told.latency is not None:
-            parts = _explained(bundle, _config(config), arrivals[0].ask, told.latency.mean)
-            print(f"\n{breakdown_table(parts)}")
-        if output is not None:
-            values = {
-                "machine": asdict(this_machine()),
-                "url": url,
-                "follow": follow.value,
-                "report": asdict(told),
-                "breakdown": None if parts is None else {**asdict(parts), "rest": parts.rest},
-                "outcomes": [asdict(outcome) for outcome in outcomes],
-            }
-            output.write_text(json.dumps(values, indent=1) + "\n")
-        for path in plot_load(outcomes, plots) if plots is not None else ():
-            console.print(plain(str(path)))
-    if told.errors:
-        hint = "; --follow poll is for servers that can't stream" if follow is not Follow.poll else ""
-        fail(f"{told.requests - told.completed} of {told.requests} requests failed{hint}", FAILED)
 
 
 def engines(
     bundle: Annotated[Path, typer.Argument(help="A bundle's directory.")] = MINI_BUNDLE,
     size: Size = None,
     seconds: Seconds = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     config: Config = None,
     times: Times = 3,
     output: Json = None,
@@ -185,7 +60,7 @@ def engines(
     from serving.bench.machine import this_machine
     from serving.bench.plots import check_plots, plot_bars
 
-    with _said():
+    with said_of_a_benchmark():
         if output is not None:
             output_file(output)
         if plots is not None:
@@ -194,7 +69,7 @@ def engines(
         loaded = Bundle.load(bundle)
         loaded.verify()
         spec = default_spec(loaded, size=size, seconds=seconds, num_inference_steps=steps, guidance_scale=guidance)
-        taken = time_engines(loaded, spec, _config(config), times=times, say=_say)
+        taken = time_engines(loaded, spec, config_of(config), times=times, say=_say)
         print(engines_table(taken))
         if output is not None:
             values = {"machine": asdict(this_machine()), "engines": taken.as_json()}
@@ -209,8 +84,8 @@ def peers(
     checkpoint: Annotated[Path, typer.Argument(help="A WanPipeline checkpoint with a rushes.json.")] = CHECKPOINT,
     size: Size = None,
     seconds: Seconds = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile too, where there is a C++ compiler.")] = True,
     times: Times = 3,
     output: Json = None,
@@ -225,7 +100,7 @@ def peers(
     from serving.bench.asks import asks
     from serving.bench.machine import this_machine
 
-    with _said():
+    with said_of_a_benchmark():
         if why := others.why_not():
             fail(why, BAD_INPUT)
         if not (checkpoint / "model_index.json").is_file():
@@ -241,12 +116,13 @@ def peers(
             with others.running(checkpoint, variant) as peer:
                 taken.append(asyncio.run(others.time_peer(peer, ask, times=times, say=_say)))
 
-        for variant in others.variants():
-            run(variant)
-        if compiled and others.can_compile():
-            run(others.faster(taken))
-        elif compiled:
-            _say("there is no C++ compiler, so nothing is compiled")
+        with _ended_by_sigterm():
+            for variant in others.variants():
+                run(variant)
+            if compiled and others.can_compile():
+                run(others.faster(taken))
+            elif compiled:
+                _say("there is no C++ compiler, so nothing is compiled")
         print(others.peers_table(taken))
         if output is not None:
             values = {"machine": asdict(this_machine()), "peers": [one.as_json() for one in taken]}
@@ -270,13 +146,13 @@ def report(
     """Measure every figure of BENCHMARKS.md on this machine, beside the bare engines and diffusers, in one run.
 
     It starts a service of its own, as --config says but for the models. With nothing else on the machine it takes some
-    ten minutes on two cores.
+    ten minutes on two cores; what is measured by then is in report.json at any time.
     """
     from models.bundle import Bundle
     from serving.bench.document import DocumentError, filled
     from serving.bench.suite import Options, progress, run
 
-    with _said():
+    with said_of_a_benchmark():
         loaded = [Bundle.load(path) for path in (bundle, causal_bundle) if path is not None]
         for one in loaded:
             one.verify()
@@ -288,10 +164,14 @@ def report(
         output.mkdir(parents=True, exist_ok=True)
         given = checkpoint if with_peers and (checkpoint / "model_index.json").is_file() else None
         document = write.read_text(encoding="utf-8") if write is not None else ""
-        results = run(Options(loaded[0], causal, given, _config(config), rounds), progress(_say))
+
+        def save(results: Results) -> None:
+            (output / "report.json").write_text(results.as_json() + "\n")
+            (output / "report.md").write_text("\n\n".join(results.parts().values()) + "\n")
+
+        with _ended_by_sigterm():
+            results = run(Options(loaded[0], causal, given, config_of(config), rounds), progress(_say), save)
         parts = results.parts()
-        (output / "report.json").write_text(results.as_json() + "\n")
-        (output / "report.md").write_text("\n\n".join(parts.values()) + "\n")
         print(parts["figures"])
         if write is not None:
             try:
@@ -301,7 +181,7 @@ def report(
 
 
 @contextmanager
-def _said() -> Iterator[None]:
+def said_of_a_benchmark() -> Iterator[None]:
     """As `said_in_one_line`, and what is wrong with a trace, with prompts or with an installation."""
     from serving.bench.arrivals import TraceError
     from serving.bench.plots import NoPlots
@@ -313,83 +193,17 @@ def _said() -> Iterator[None]:
             fail(str(error), BAD_INPUT)
 
 
-def _arrivals(
-    rate: float | None,
-    trace: Path | None,
-    requests: int,
-    prompts: Path | None,
-    body: dict[str, Any],
-    seed: int | None,
-    warm_up: int,
-) -> tuple[list[Arrival], list[Ask]]:
-    """What is measured, and what is sent before: the first of it with other seeds. All at once without a rate."""
-    from serving.bench.arrivals import at_once, poisson, read_trace
-    from serving.bench.asks import PROMPTS, Ask, asks, read_prompts
-
-    texts: tuple[str, ...] | list[str] = PROMPTS
-    if prompts is not None:
-        try:
-            texts = read_prompts(prompts)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    if trace is not None:
-        arrivals = read_trace(trace, prompts=texts, seed=seed)
-    else:
-        made = asks(requests, body, prompts=texts, seed=seed)
-        arrivals = at_once(made) if rate is None else poisson(made, rate, seed=seed or 0)
-    first = [arrival.ask for arrival in arrivals]
-    others = [{**ask.body, **({} if seed is None else {"seed": 1 << 30})} for ask in first]
-    return arrivals, [Ask(others[number % len(others)]) for number in range(warm_up)]
-
-
-async def _measured(
-    target: Target, arrivals: list[Arrival], warming: list[Ask], concurrency: int | None
-) -> list[Outcome]:
-    from serving.bench.load import closed_loop, open_loop
-
-    ended = 0
-
-    def told(outcome: Outcome) -> None:
-        nonlocal ended
-        ended += 1
-        status.update(f"{ended} of {len(arrivals)} have ended")
-
-    with console.status("warming up") as status:
-        for ask in warming:
-            outcome = await target.make(ask)
-            if outcome.error == "no connection":
-                raise OSError("the server can't be reached")
-        status.update(f"0 of {len(arrivals)} have ended")
-        if concurrency is None:
-            return await open_loop(target, arrivals, told)
-        return await closed_loop(target, [arrival.ask for arrival in arrivals], concurrency, told)
-
-
-def _explained(bundle: Path, config: ServiceConfig, ask: Ask, latency_seconds: float) -> Any:
-    """What the engines of `bundle` need for the first request, against the mean latency."""
-    import asyncio
-
-    from models.bundle import Bundle
-    from serving.bench.breakdown import explained
-    from serving.bench.calls import Engines
-    from serving.bench.engines import default_spec
-
-    names = ("size", "seconds", "num_inference_steps", "guidance_scale")
-    loaded = Bundle.load(bundle)
-    spec = default_spec(loaded, **{name: ask.body.get(name) for name in names})
-    video = asyncio.run(Engines(loaded, config).record(spec))
-    return explained(video, latency_seconds, loaded.manifest.fps)
-
-
-def _field(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C: servers that were started are stopped."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
     try:
-        return name, json.loads(value)
-    except ValueError:
-        raise ConfigError(f"--field must be NAME=JSON, such as best_of=2, not {text!r}") from None
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _config(path: Path | None) -> ServiceConfig:
+def config_of(path: Path | None) -> ServiceConfig:
     return load_config(path) if path is not None else ServiceConfig()
 
 

@@ -45,6 +45,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME[:SCALE]", help="One of the bundle's LoRAs, and how much of it; may be repeated."),
     ] = None,
+    codec: Annotated[str | None, typer.Option(help="h264, av1 or vp9; h264 when left out.")] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -73,6 +74,7 @@ def generate(
             scene_prompts=[_scene(text) for text in scene or ()],
             cache=cache,
             lora=[_lora(text) for text in lora or ()],
+            codec=codec,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from serving.client.errors import RushesError, VideoFailed
 from serving.media.pixels import decode_fragment
+from serving.media.trailer import read_error
 
-# The scheme of the event message that ends a failed video's stream.
-ERROR_SCHEME = "urn:rushes:error:2026"
 # A chunk is a few seconds of video at most.
 _LARGEST_BOX_BYTES = 1 << 28
 
@@ -63,8 +62,8 @@ class FragmentReader:
             kind = box[4:8]
             if kind in (b"ftyp", b"moov"):
                 self._init += box
-            elif kind == b"emsg":
-                self._end(box)
+            elif kind == b"emsg" and (error := read_error(box)) is not None:
+                raise VideoFailed(*error)
             elif kind == b"moof":
                 self._head = box
             elif kind == b"mdat":
@@ -87,11 +86,6 @@ class FragmentReader:
         box = bytes(self._buffer[:size])
         del self._buffer[:size]
         return box
-
-    def _end(self, box: bytes) -> None:
-        scheme, code, data = box[32:].split(b"\0", 2)
-        if scheme.decode() == ERROR_SCHEME:
-            raise VideoFailed(code.decode(), str(json.loads(data)["message"]))
 
 
 class EventReader:

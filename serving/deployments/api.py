@@ -17,6 +17,7 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.load import StageLoad
 from serving.config import ServiceConfig
+from serving.deployments.loads import StageWatch
 from serving.deployments.observing import start_observing
 from serving.deployments.remote import StageHandles, StageName, remote_stages, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
@@ -29,6 +30,10 @@ class ApiDeployment:
 
     def __init__(self, config: ServiceConfig, runner: Any, handles: Mapping[str, StageHandles]) -> None:
         self._config, self._handles = config, handles
+        self._watches: dict[tuple[str, StageName], StageWatch] = {
+            (model, stage): StageWatch(model, stage, getattr(handles[model], stage.replace("-", "_")))
+            for model, stage in product(config.models, get_args(StageName))
+        }
         self._runner = runner
         self._wakes: set[asyncio.Task[None]] = set()
 
@@ -59,12 +64,9 @@ class ApiDeployment:
         for application in status.applications.values():
             for name, deployment in application.deployments.items():
                 states[name].update(deployment.replica_states)
-        loads = []
-        for model, stage in product(self._config.models, get_args(StageName)):
-            found = states[stage_name(model, stage)]
-            wanted = found.total() - found["STOPPING"]
-            loads.append(StageLoad(model=model, stage=stage, replicas=found["RUNNING"], target_replicas=wanted))
-        return loads
+        found = [(watch, states[stage_name(*of)]) for of, watch in self._watches.items()]
+        loads = [watch.load(counts["RUNNING"], counts.total() - counts["STOPPING"]) for watch, counts in found]
+        return await asyncio.gather(*loads)
 
     async def _wake(self, video_id: str | None = None) -> None:
         """Tell the runners, without making the client wait for it: they look by themselves too, only later.

@@ -31,6 +31,8 @@ _CONSTRUCTOR_TRIES = 2
 _SHUTDOWN_LOOK_SECONDS = 0.2
 # How soon Ray sees that a replica has died, and starts another; its default is 10 s.
 _HEALTH_LOOK_SECONDS = 2.0
+# Load is averaged over so long before anything is decided by it; Ray's 30 s would be most of a short video.
+_LOOK_BACK_SECONDS = 10.0
 
 
 def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Application:
@@ -100,6 +102,7 @@ def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool
                 "target_ongoing_requests": scaling.target_ongoing_requests,
                 "upscale_delay_s": scaling.upscale_delay_seconds,
                 "downscale_delay_s": scaling.downscale_delay_seconds,
+                "look_back_period_s": _LOOK_BACK_SECONDS,
             },
             ray_actor_options=_asked(settings.num_cpus, settings.num_gpus, settings.label_selector),
             **options,

@@ -19,6 +19,7 @@ from serving.jobs.artifacts import Artifact, Artifacts, checkpoint_key, video_ke
 from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.keeper import Keeper
+from serving.jobs.log_copies import LogCopies
 from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
 from serving.jobs.video import BATCH
 from serving.logs import about
@@ -66,15 +67,22 @@ class Attempt:
     """Drives a claimed video to its end, unless its fence goes stale or the runner must go."""
 
     def __init__(
-        self, video: Video, stages: Stages, store: VideoStore, artifacts: Artifacts, settings: AttemptSettings
+        self,
+        video: Video,
+        stages: Stages,
+        store: VideoStore,
+        artifacts: Artifacts,
+        settings: AttemptSettings,
+        copies: LogCopies | None = None,
     ) -> None:
+        """`copies` is where other machines get the fragments from, if they don't see the log itself."""
         self._video, self._stages, self._settings = video, stages, settings
-        self._store, self._artifacts = store, artifacts
+        self._store, self._artifacts, self._copies = store, artifacts, copies
         self._finished: dict[str, Artifact] = {}
         self._log_bytes = 0
         self._spec = VideoSpec(**video.request)
         self._timing = Timing(video, self._spec.frames)
-        self._steps_done = 0.0
+        self._step = StepDone(0, 0)
         self._frames_done = 0
         self._appended = 0
         self._headway_told = 0
@@ -132,6 +140,8 @@ class Attempt:
         writer = await FragmentLog.create(directory, video.id, fence=video.fence, origin=identity)
         self._keeper = Keeper(self._artifacts, video.id, identity, writer.check_fence)
         self._frames_done = writer.frames
+        if self._copies is not None:
+            await self._copies.put_missing(writer.log)
         # An attempt that ended between the last fragment and the finished file left nothing to be denoised or decoded.
         if not writer.trusted or writer.frames < spec.frames:
             await self._generate(writer, self._keeper)
@@ -141,6 +151,8 @@ class Attempt:
     async def _generate(self, writer: LogWriter, keeper: Keeper) -> None:
         async def append(fragment: Fragment) -> None:
             await writer.append(fragment.index, fragment.first_frame, fragment.frames, fragment.init, fragment.data)
+            if self._copies is not None:
+                await self._copies.put(writer.log, fragment.index)
             self._frames_done = writer.frames
             if fragment.index >= writer.trusted:
                 self._appended += 1
@@ -247,11 +259,12 @@ class Attempt:
             _log.warning("%s: its checkpoint could not be removed", self._video.id, exc_info=True)
 
     def _on_step(self, done: StepDone) -> None:
-        self._steps_done = done.step / done.steps
+        self._step = done
 
     def _progress(self) -> int:
         """Whole per cent, never less than an earlier attempt said; 100 is kept for the video that can be downloaded."""
-        part = _STEPS_SHARE * self._steps_done + (1 - _STEPS_SHARE) * self._frames_done / self._spec.frames
+        steps_done = self._step.step / self._step.steps if self._step.steps else 0.0
+        part = _STEPS_SHARE * steps_done + (1 - _STEPS_SHARE) * self._frames_done / self._spec.frames
         return max(self._video.progress, min(99, int(100 * part)))
 
     def _headway(self) -> int:
@@ -261,7 +274,12 @@ class Attempt:
     async def _report_progress(self) -> Video:
         headway = self._headway()
         told = await self._store.set_progress(
-            self._video.id, self._video.fence, self._progress(), headway=headway > self._headway_told
+            self._video.id,
+            self._video.fence,
+            self._progress(),
+            headway=headway > self._headway_told,
+            step=self._step.step,
+            steps=self._step.steps,
         )
         self._headway_told = headway
         return told

@@ -12,9 +12,11 @@ from models.bundle import Bundle
 from serving.config import DecoderConfig, ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.scaling import stats_of
 from serving.logs import about
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
+from serving.pipeline.pace import StageState
 from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec
 from serving.tracing import NOWHERE, Carrier, span
 
@@ -34,6 +36,14 @@ class DecoderDeployment:
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
+
+    async def state(self) -> StageState:
+        """How this replica stands."""
+        return self._stage.state
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `VideoPolicy`."""
+        return stats_of(self._stage.state)
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, trace: Carrier = NOWHERE) -> Fragment:
         with about(video_id=video_id), span("decode", trace, chunk=chunk.index):

@@ -15,7 +15,9 @@ from models.bundle import Bundle
 from serving.config import DenoiserConfig, ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.scaling import stats_of
 from serving.pipeline.denoising import EngineDenoiser
+from serving.pipeline.pace import StageState
 from serving.pipeline.scheduler import Limits, TraceLine
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering
 from serving.tracing import Open
@@ -63,6 +65,14 @@ class DenoiserDeployment:
     async def steer(self, video_id: str, steering: Steering) -> bool:
         """Whether an endless video of this name is here, which then goes on as `steering` says."""
         return await self._stage.steer(video_id, steering)
+
+    async def state(self) -> StageState:
+        """How this replica stands."""
+        return self._stage.state
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `VideoPolicy`."""
+        return stats_of(self._stage.state)
 
     async def sessions(self) -> int:
         """How many videos hold memory in this replica."""

@@ -40,7 +40,7 @@ class Runner:
         poll_seconds: float,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._store, self._artifacts = storage.videos, storage.artifacts
+        self._store, self._artifacts, self._copies = storage.videos, storage.artifacts, storage.copies
         self._stages, self._settings = stages, settings
         self._poll_seconds = poll_seconds
         self._places = asyncio.Semaphore(max_videos)
@@ -122,7 +122,7 @@ class Runner:
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
                 )
                 return
-            attempt = Attempt(video, stages, self._store, self._artifacts, self._settings)
+            attempt = Attempt(video, stages, self._store, self._artifacts, self._settings, self._copies)
             self._by_video[video.id] = attempt
             await attempt.run()
         except Exception:  # the lease runs out, and then it is tried again

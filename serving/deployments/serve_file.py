@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import RayActorOptionsSchema, ServeDeploySchema
 
 from serving.config import ConfigError, ServiceConfig, parse_config
@@ -20,6 +20,7 @@ BUILD_APP = "serving.deployments.app:build_app"
 # What Ray keeps as plain dictionaries, and reads as these.
 _READ_AS: Mapping[str, type[BaseModel]] = {
     "autoscaling_config": AutoscalingConfig,
+    "autoscaling_policy": AutoscalingPolicy,
     "ray_actor_options": RayActorOptionsSchema,
 }
 

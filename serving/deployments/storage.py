@@ -35,7 +35,7 @@ def open_storage(config: ServiceConfig, *, patience_seconds: float = 0.0) -> Sto
         retention_seconds=config.retention_days * 86400,
     )
     artifacts = Artifacts(config.data_dir, config.artifacts_url, config.artifacts_options)
-    return Storage.over(database, videos, artifacts)
+    return Storage.over(database, videos, artifacts, copy_logs=config.log_sharing == "artifacts")
 
 
 def webhook_policy(config: ServiceConfig) -> WebhookPolicy:

@@ -14,7 +14,9 @@ from serving.chat import open_rewriter
 from serving.config import ObservabilityConfig, TextEncoderConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.scaling import stats_of
 from serving.pipeline.captioning import EngineCaptioner
+from serving.pipeline.pace import StageState
 from serving.pipeline.stages import TextEmbedding
 from serving.pipeline.text import EngineTextEncoder
 from serving.tracing import NOWHERE, Carrier, span
@@ -35,6 +37,14 @@ class TextEncoderDeployment:
         self._rewriter = open_rewriter(loaded, config.rewriter)
         self._captioner = EngineCaptioner.open(loaded)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
+
+    async def state(self) -> StageState:
+        """How this replica stands."""
+        return self._stage.state
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `VideoPolicy`."""
+        return stats_of(self._stage.state)
 
     async def encode(self, prompt: str, trace: Carrier = NOWHERE) -> TextEmbedding:
         with span("encode", trace):

@@ -65,7 +65,8 @@ class Artifact:
 class Artifacts:
     """Files by key, such as `videos/video_…/thumbnail.webp`; and `videos_dir`, where the fragment logs are.
 
-    The logs are always in a directory, which everybody who makes or watches videos must share: they grow by appending.
+    The logs are always in a directory, since they grow by appending. Everybody who makes or watches videos must share
+    it, unless `LogCopies` bring the fragments from one to the other.
     """
 
     def __init__(self, data_dir: Path, url: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -139,6 +140,11 @@ class Artifacts:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             self._put_once(self._path(key), path)
+
+    @_patient
+    def put_bytes_patiently(self, key: str, data: bytes) -> None:
+        """As `put`, for what is in memory."""
+        self.put_bytes(key, data)
 
     def get_bytes(self, key: str) -> bytes:
         """All of a file. Raises `FileNotFoundError`."""

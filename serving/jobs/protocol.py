@@ -69,8 +69,12 @@ class VideoStore(Protocol):
     async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
         """Lease it for another `lease_seconds` from now. The answer's `cancel_requested` is news for the runner."""
 
-    async def set_progress(self, video_id: str, fence: int, progress: int, *, headway: bool = False) -> Video:
-        """Note `progress`, 0 to 100. The answer's `cancel_requested` is news for the runner.
+    async def set_progress(
+        self, video_id: str, fence: int, progress: int, *, headway: bool = False, step: int = 0, steps: int = 0
+    ) -> Video:
+        """Note `progress`, 0 to 100, and that so many of so many steps are done.
+
+        The answer's `cancel_requested` is news for the runner.
 
         `headway`: something that the next attempt needn't make again is kept, so this counts as the first attempt. A
         video can make headway only so often, so its attempts stay bounded.

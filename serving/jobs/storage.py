@@ -9,6 +9,8 @@ from serving.jobs.batches import BatchStore
 from serving.jobs.database import Database
 from serving.jobs.files import FileStore
 from serving.jobs.keys import KeyStore
+from serving.jobs.log_copies import LogCopies
+from serving.jobs.news import LogNews
 from serving.jobs.outbox import Outbox
 from serving.jobs.store import SqlVideoStore
 
@@ -24,9 +26,12 @@ class Storage:
     batches: BatchStore
     outbox: Outbox
     keys: KeyStore
+    copies: LogCopies | None = None
 
     @classmethod
-    def over(cls, database: Database, videos: SqlVideoStore, artifacts: Artifacts) -> Storage:
+    def over(
+        cls, database: Database, videos: SqlVideoStore, artifacts: Artifacts, *, copy_logs: bool = False
+    ) -> Storage:
         """Everything else that lies in the same database and beside the same files."""
         return cls(
             database,
@@ -36,4 +41,5 @@ class Storage:
             BatchStore(database, videos),
             Outbox(database),
             KeyStore(database),
+            LogCopies(artifacts, videos, LogNews(database)) if copy_logs else None,
         )

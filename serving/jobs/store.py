@@ -103,9 +103,13 @@ class SqlVideoStore:
     async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
         return await self._write(video_id, fence, lambda _: {"lease_until": self._clock() + lease_seconds})
 
-    async def set_progress(self, video_id: str, fence: int, progress: int, *, headway: bool = False) -> Video:
+    async def set_progress(
+        self, video_id: str, fence: int, progress: int, *, headway: bool = False, step: int = 0, steps: int = 0
+    ) -> Video:
         first = {"attempt": 1, "lapses": 0} if headway else {}
-        return await self._write(video_id, fence, lambda _: {"progress": progress, **first})
+        return await self._write(
+            video_id, fence, lambda _: {"progress": progress, "step": step, "steps": steps, **first}
+        )
 
     async def set_request(self, video_id: str, fence: int, request: Mapping[str, Any]) -> Video:
         return await self._write(video_id, fence, lambda _: {"request": dict(request)})

@@ -39,6 +39,8 @@ videos = Table(
     Column("custom_id", String(512)),
     Column("webhook_url", String(2048)),
     Column("lapses", Integer, nullable=False, server_default="0"),
+    Column("step", Integer, nullable=False, server_default="0"),
+    Column("steps", Integer, nullable=False, server_default="0"),
     # One index for each half of a claim: both are a seek and one row, however many videos there are.
     Index("videos_queue", "status", "priority", "created_at", "id"),
     Index("videos_leases", "status", "lease_until"),

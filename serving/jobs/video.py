@@ -38,7 +38,7 @@ class Video:
     units that are only ever compared. `owner` is the id of the API key that made it. From `expires_at` on a video that
     has ended is swept away. `deleted_at` hides one that isn't swept away yet from whoever deleted it. A completed one
     has `artifacts`: size and hash by file name. A batch's has the place of its line in the file and the name that it
-    has there. `webhook_url` is told of its end.
+    has there. `webhook_url` is told of its end. Of its `steps` engine calls `step` are made, as far as was last noted.
     """
 
     id: str
@@ -71,6 +71,8 @@ class Video:
     custom_id: str | None = None
     webhook_url: str | None = None
     lapses: int = 0
+    step: int = 0
+    steps: int = 0
 
 
 class StaleFence(RuntimeError):  # noqa: N818 - the vocabulary's own word

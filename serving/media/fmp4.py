@@ -2,8 +2,8 @@
 
 A fragment is a pure function of its frames and its place in the video, so that a chunk decoded again after a crash has
 the same bytes. Three choices make that true: every fragment has an encoder of its own (constant QP, so there is no rate
-control to warm up), everything is done on one thread with swscale and x264 told to ignore the CPU's own shortcuts, and
-nothing that names a version or a date is written.
+control to warm up), everything is done on one thread with swscale and the encoder told to ignore the CPU's own
+shortcuts, and nothing that names a version or a date is written.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import io
 import os
 import struct
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import av
 import numpy as np
@@ -39,17 +39,47 @@ _MUXER_OPTIONS = {
     "use_editlist": "0",
     "fflags": "+bitexact",
 }
-_ENCODER_OPTIONS = {
-    "preset": PRESET,
-    "qp": str(QP),
-    # A cut inside a fragment must not make a second key frame: readers count on one, at the start.
-    "x264-params": "scenecut=0:open-gop=0:cpu-independent=1",
-}
+Codec = Literal["h264", "av1", "vp9"]
+CODECS: tuple[Codec, ...] = get_args(Codec)
+# SVT-AV1 tells standard error about itself at every fragment; it reads this when it is first used.
+os.environ.setdefault("SVT_LOG", "1")
 # The key frame is the fragment's first; a fragment longer than this is not made anywhere.
 _LONGEST_GOP_FRAMES = 1 << 16
 # x264 puts its version and settings into a user-data message (NAL unit type 6) of each stream's first packet: 700
 # bytes a fragment here, and bytes that would change with the library.
 _DROP_SEI = "filter_units=remove_types=6"
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """One of libavcodec's, at a constant quality: the codecs' differ by less than a dB on the clips of the tests."""
+
+    name: str
+    options: Mapping[str, str]
+    filter: str | None = None
+
+
+_ENCODERS: Mapping[Codec, _Encoder] = {
+    "h264": _Encoder(
+        "libx264",
+        {
+            "preset": PRESET,
+            "qp": str(QP),
+            # A cut inside a fragment must not make a second key frame: readers count on one, at the start.
+            "x264-params": "scenecut=0:open-gop=0:cpu-independent=1",
+        },
+        _DROP_SEI,
+    ),
+    # No picture waits for a later one, so none is left over at the end of a fragment.
+    "av1": _Encoder(
+        "libsvtav1",
+        {"preset": "8", "crf": "18", "svtav1-params": "pred-struct=1:lookahead=0:scd=0:enable-tf=0:lp=1"},
+    ),
+    "vp9": _Encoder(
+        "libvpx-vp9",
+        {"deadline": "realtime", "cpu-used": "5", "crf": "16", "b": "0", "lag-in-frames": "0", "auto-alt-ref": "0"},
+    ),
+}
 _SWSCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INP
 
 
@@ -61,11 +91,14 @@ class EncodedFragment:
     data: bytes
 
 
-def encode_fragment(frames: NDArray[np.uint8], *, fps: int, index: int, first_frame: int) -> EncodedFragment:
+def encode_fragment(
+    frames: NDArray[np.uint8], *, fps: int, index: int, first_frame: int, codec: Codec = "h264"
+) -> EncodedFragment:
     """Encode RGB `frames` uint8 `[n, height, width, 3]` as fragment `index` (from 0), which starts at `first_frame`.
 
-    H.264 High, `yuv420p`, bt709 limited range; the first frame is an IDR, the others P frames. Times are in units of
-    1 / `fps` s. Raises `ValueError` for anything else than such frames with even sides.
+    H.264 High, AV1 Main or VP9 profile 0; `yuv420p`, bt709 limited range; the first frame is a key frame, no other is,
+    and none is shown before one that comes earlier. Times are in units of 1 / `fps` s. Raises `ValueError` for
+    anything else than such frames with even sides.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[0] == 0:
         raise ValueError(f"frames must be uint8 [n, height, width, 3], not {frames.dtype} {list(frames.shape)}")
@@ -77,33 +110,56 @@ def encode_fragment(frames: NDArray[np.uint8], *, fps: int, index: int, first_fr
 
     sink = _Sink()
     with av.open(sink, "w", format="mp4", options=_MUXER_OPTIONS | {"fragment_index": str(index + 1)}) as muxer:
-        stream = muxer.add_stream("libx264", rate=fps, options=_ENCODER_OPTIONS)
-        codec = stream.codec_context
-        codec.width, codec.height, codec.pix_fmt = width, height, "yuv420p"
-        codec.time_base = Fraction(1, fps)
-        codec.thread_count = 1
-        codec.gop_size = _LONGEST_GOP_FRAMES
-        codec.max_b_frames = 0
-        codec.flags |= Flags.bitexact | Flags.closed_gop
-        codec.colorspace, codec.color_range = _MATRIX_BT709, ColorRange.MPEG
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        drop_sei = BitStreamFilterContext(_DROP_SEI, "h264")
-        encoded = [packet for frame in _yuv_frames(frames, fps, first_frame) for packet in codec.encode(frame)]
-        for packet in encoded + codec.encode():
-            for kept in drop_sei.filter(packet):
+        encoder = _ENCODERS[codec]
+        stream = muxer.add_stream(encoder.name, rate=fps, options=dict(encoder.options))
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.time_base = Fraction(1, fps)
+        context.thread_count = 1
+        context.gop_size = _LONGEST_GOP_FRAMES
+        context.max_b_frames = 0
+        context.flags |= Flags.bitexact | Flags.closed_gop
+        context.colorspace, context.color_range = _MATRIX_BT709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        filtered = BitStreamFilterContext(encoder.filter, codec).filter if encoder.filter else lambda packet: [packet]
+        encoded = [packet for frame in _yuv_frames(frames, fps, first_frame) for packet in context.encode(frame)]
+        for packet in encoded + context.encode():
+            for kept in filtered(packet):
                 kept.stream = stream
+                # Only x264 says how long a frame lasts, and a fragment's last one has no next to tell it by.
+                kept.duration = kept.duration or 1
                 muxer.mux(kept)
     boxes = dict(_top_level_boxes(sink.getvalue()))
     return EncodedFragment(init=boxes[b"ftyp"] + boxes[b"moov"], data=boxes[b"moof"] + boxes[b"mdat"])
 
 
 def codec_string(init: bytes) -> str:
-    """The RFC 6381 name of an init segment's H.264 track, such as `avc1.64000C` (ISO/IEC 14496-15, 5.3.3.1)."""
-    avcc = init.find(b"avcC")
-    if avcc < 0 or len(init) < avcc + 8:
-        raise ValueError("not an init segment with an H.264 track")
-    # After the type: configurationVersion, then profile, compatibility and level, a byte each.
-    return f"avc1.{init[avcc + 5 : avcc + 8].hex().upper()}"
+    """The RFC 6381 name of what an init segment is for, such as `avc1.64000C`, `av01.0.00M.08` or `vp09.00.10.08`.
+
+    By ISO/IEC 14496-15, 5.3.3.1, and the AV1 and VP9 bindings to ISOBMFF. Raises `ValueError` for anything else.
+    """
+    for kind, name in ((b"avcC", _avc_name), (b"av1C", _av1_name), (b"vpcC", _vp9_name)):
+        start = init.find(kind) + len(kind)
+        if start >= len(kind) and len(init) >= start + 8:
+            return name(init[start : start + 8])
+    raise ValueError("not an init segment with a track of H.264, AV1 or VP9")
+
+
+def _avc_name(box: bytes) -> str:
+    # After configurationVersion: profile, compatibility and level, a byte each.
+    return f"avc1.{box[1:4].hex().upper()}"
+
+
+def _av1_name(box: bytes) -> str:
+    # After the version: 3 bits of profile and 5 of level; then tier, and whether there are more than 8 or 10 bits.
+    profile, level = box[1] >> 5, box[1] & 31
+    tier, bits = "MH"[box[2] >> 7], 8 + 2 * (box[2] >> 6 & 1) + 2 * (box[2] >> 5 & 1)
+    return f"av01.{profile}.{level:02d}{tier}.{bits:02d}"
+
+
+def _vp9_name(box: bytes) -> str:
+    # After version and flags: profile, level, and 4 bits of bit depth.
+    return f"vp09.{box[4]:02d}.{box[5]:02d}.{box[6] >> 4:02d}"
 
 
 def remux_to_mp4(init: bytes, fragments: Iterable[bytes], path: Path) -> None:
@@ -121,7 +177,8 @@ def remux_to_mp4(init: bytes, fragments: Iterable[bytes], path: Path) -> None:
             ) as target,
         ):
             video = source.streams.video[0]
-            stream = target.add_stream_from_template(video)
+            # PyAV (18) looks for an encoder of the decoder's name, which AV1's has none of, unless it is told not to.
+            stream = target.add_stream_from_template(video, opaque=video.codec_context.name != "h264")
             for packet in source.demux(video):
                 if packet.dts is None:  # PyAV ends a demux with one empty packet, for decoders
                     continue

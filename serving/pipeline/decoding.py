@@ -89,14 +89,17 @@ class EngineDecoder:
     @property
     def state(self) -> StageState:
         """How it stands, in chunks."""
-        return StageState(self._calls - self._running, self._running, self._pace.seconds(self._latents))
+        seconds = self._pace.seconds(self._latents)
+        return StageState(self._calls - self._running, self._running, seconds, self._pace.busy_seconds)
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         frames = await self._frames(video_id, spec.seed, chunk)
         start = first_frame(self._manifest, chunk.index)
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
-        encode = partial(encode_fragment, frames, fps=self._manifest.fps, index=chunk.index, first_frame=start)
+        encode = partial(
+            encode_fragment, frames, fps=self._manifest.fps, index=chunk.index, first_frame=start, codec=spec.codec
+        )
         loop = asyncio.get_running_loop()
         encoded: EncodedFragment = await loop.run_in_executor(self._encode_thread, encode)
         return Fragment(index=chunk.index, frames=len(frames), first_frame=start, init=encoded.init, data=encoded.data)

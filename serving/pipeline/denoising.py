@@ -113,7 +113,7 @@ class EngineDenoiser:
         """How it stands. A video that waits for a place counts as much as the others did on average."""
         waiting = self._waiting * self._opened_tokens / max(1, self._opened)
         seconds = self._pace.seconds(self.outstanding_tokens + waiting)
-        return StageState(self._waiting, len(self._places), seconds)
+        return StageState(self._waiting, len(self._places), seconds, self._pace.busy_seconds)
 
     @property
     def trace(self) -> Sequence[TraceLine]:

@@ -13,11 +13,12 @@ _REMEMBERED_CALLS = 50.0
 @dataclass(frozen=True, slots=True)
 class StageState:
     """A stage in one replica: calls or videos that wait for a place, those in work, and the seconds that all of them
-    together will take here."""
+    together will take here; `busy_seconds` is what its engines have run in all."""
 
     waiting: int
     in_flight: int
     outstanding_seconds: float
+    busy_seconds: float = 0.0
 
 
 class Pace:
@@ -25,11 +26,13 @@ class Pace:
 
     def __init__(self) -> None:
         self._units = self._seconds = 0.0
+        self.busy_seconds = 0.0
 
     def took(self, units: float, seconds: float) -> None:
         """An engine call of so many units. It is measured, too."""
         kept = 1 - 1 / _REMEMBERED_CALLS
         self._units, self._seconds = kept * self._units + units, kept * self._seconds + seconds
+        self.busy_seconds += seconds
         STAGE_BUSY.add(seconds)
         STAGE_CALL.observe(seconds)
 

@@ -7,6 +7,7 @@ import re
 import secrets
 
 from models.bundle import Manifest
+from serving.media.fmp4 import CODECS, Codec
 from serving.pipeline.shortcuts import CACHES, Cache
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.text import clean_prompt
@@ -44,6 +45,7 @@ def make_spec(
     guidance_interval: object = None,
     cache: object = None,
     lora: object = None,
+    codec: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
 ) -> VideoSpec:
@@ -82,6 +84,7 @@ def make_spec(
         guidance_interval=_interval(guidance_interval),
         cache=_cache(cache),
         lora=_loras(manifest, lora),
+        codec=_codec(codec),
     )
 
 
@@ -114,6 +117,15 @@ def _best_of(manifest: Manifest, value: object) -> int:
     if count > 1 and manifest.captioner is None:
         raise InvalidRequest("best_of", "best_of must be 1: this model has no captioner to choose with")
     return count
+
+
+def _codec(value: object) -> Codec:
+    if value is None:
+        return CODECS[0]
+    for codec in CODECS:
+        if value == codec:
+            return codec
+    raise InvalidRequest("codec", f"codec must be one of {', '.join(CODECS)}, not {_kind(value)}")
 
 
 def _loras(manifest: Manifest, value: object) -> tuple[tuple[str, float], ...]:

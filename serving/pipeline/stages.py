@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
+from serving.media.fmp4 import Codec
 from serving.pipeline.shortcuts import Cache
 from serving.tracing import Carrier
 
@@ -53,6 +54,7 @@ class VideoSpec:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache: Cache = "off"
     lora: tuple[tuple[str, float], ...] = ()
+    codec: Codec = "h264"
 
     @property
     def rendered_prompt(self) -> str:

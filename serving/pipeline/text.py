@@ -74,7 +74,8 @@ class EngineTextEncoder:
     def state(self) -> StageState:
         """How it stands, in prompts."""
         running = min(self._calls, 1)
-        return StageState(self._calls - running, running, self._pace.seconds(self._calls))
+        seconds = self._pace.seconds(self._calls)
+        return StageState(self._calls - running, running, seconds, self._pace.busy_seconds)
 
     async def encode(self, prompt: str) -> TextEmbedding:
         self._calls += 1

@@ -66,13 +66,28 @@ export async function* fragments(id, signal) {
 
 /** The RFC 6381 name of what is in an init segment. @param {Uint8Array} init */
 export function mimeOf(init) {
-  for (let at = 0; at + 8 < init.length; at += 1) {
-    if (init[at] === 0x61 && init[at + 1] === 0x76 && init[at + 2] === 0x63 && init[at + 3] === 0x43) {
-      const profile = Array.from(init.subarray(at + 5, at + 8), (byte) => byte.toString(16).padStart(2, "0")).join("");
-      return `video/mp4; codecs="avc1.${profile}"`;
+  const box = (/** @type {string} */ kind) => {
+    for (let at = 0; at + 12 < init.length; at += 1) {
+      if (String.fromCharCode(...init.subarray(at, at + 4)) === kind) return init.subarray(at + 4, at + 12);
     }
+    return null;
+  };
+  const two = (/** @type {number} */ number) => String(number).padStart(2, "0");
+  const avc = box("avcC");
+  if (avc) return mime(`avc1.${Array.from(avc.subarray(1, 4), (byte) => byte.toString(16).padStart(2, "0")).join("")}`);
+  const av1 = box("av1C");
+  if (av1) {
+    const bits = 8 + 2 * ((av1[2] >> 6) & 1) + 2 * ((av1[2] >> 5) & 1);
+    return mime(`av01.${av1[1] >> 5}.${two(av1[1] & 31)}${"MH"[av1[2] >> 7]}.${two(bits)}`);
   }
-  throw new Error("The stream has no H.264 in it.");
+  const vp9 = box("vpcC");
+  if (vp9) return mime(`vp09.${two(vp9[4])}.${two(vp9[5])}.${two(vp9[6] >> 4)}`);
+  throw new Error("The stream is of no kind that is known here.");
+}
+
+/** @param {string} codec */
+function mime(codec) {
+  return `video/mp4; codecs="${codec}"`;
 }
 
 /** Throws the error that an event message box says. @param {Uint8Array} box */

@@ -20,7 +20,8 @@ export async function showLoad(signal) {
 function row(stage) {
   const line = document.createElement("tr");
   const replicas = stage.replicas === stage.target_replicas ? `${stage.replicas}` : `${stage.replicas} of ${stage.target_replicas}`;
-  for (const text of [stage.model, stage.stage, replicas]) {
+  const busy = stage.occupancy === null ? "" : `${Math.round(100 * stage.occupancy)} %`;
+  for (const text of [stage.model, stage.stage, replicas, stage.waiting ?? "", stage.in_work ?? "", busy]) {
     const cell = document.createElement("td");
     cell.textContent = `${text}`;
     line.append(cell);

@@ -33,6 +33,7 @@ function reset() {
   find("state").textContent = "Waiting";
   find("lane-queue").textContent = "";
   find("lane-denoise").value = 0;
+  find("lane-steps").textContent = "";
   find("lane-decode").replaceChildren();
   find("download").hidden = true;
   find("cancel").disabled = false;
@@ -50,6 +51,7 @@ function tell(event, element) {
     find("state").textContent = "Being made";
   } else if (event.name === "progress") {
     find("lane-denoise").value = data.progress;
+    find("lane-steps").textContent = data.steps ? `${data.step} of ${data.steps}` : "";
   } else if (event.name === "chunk") {
     const seconds = data.start_seconds + data.seconds;
     find("state").textContent = `${seconds.toFixed(1)} s to watch`;

@@ -13,10 +13,11 @@ from typing import Any
 import httpx
 import pytest
 from browser import Page, chromium, needs_chromium
-from making import FPS, Making, queued
+from making import FPS, Making, made_fragments, queued
 from service import Service, WholeService, served, until
 
 from models.bundle import Bundle
+from serving.media.fmp4 import Codec
 from serving.pipeline.local import LocalPipeline
 
 pytestmark = needs_chromium
@@ -107,6 +108,22 @@ async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_ret
     assert abs(await late.blue_at_frame(44) - 220) < 8
     assert await late.page.evaluate("document.getElementById('player').duration") == pytest.approx(45 / FPS, abs=0.01)
     assert late.errors == []
+
+
+@pytest.mark.parametrize(("codec", "name"), [("av1", "av01.0.00M.08"), ("vp9", "vp09.00.10.08")])
+async def test_other_codecs_play_too(
+    service: Service, client: httpx.AsyncClient, browser: Any, codec: Codec, name: str
+) -> None:
+    making = await Making.begun(service, await queued(client, codec=codec))
+    assert making.video.request["codec"] == codec
+    making.fragments = made_fragments(codec)
+    viewer = await opened(browser, client, f"#{making.id}")
+    await making.show(0, 1)
+    await viewer.until("document.getElementById('player').currentTime > 0.5")
+    assert abs(await viewer.blue_at_frame(20) - 100) < 8
+    playlist = await client.get(f"/v1/videos/{making.id}/hls/master.m3u8")
+    assert f'CODECS="{name}"' in playlist.text
+    assert viewer.errors == []
 
 
 async def test_asking_from_the_keyboard_alone(service: Service, client: httpx.AsyncClient, browser: Any) -> None:

@@ -21,6 +21,7 @@ import ray
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
+from queries import all_metrics
 from receiver import SECRET, Receiver, receiving
 
 from models.bundle import Bundle
@@ -300,6 +301,10 @@ def test_the_load_names_every_stage(client: httpx.Client) -> None:
         (model, stage) for model in ("tiny", "tiny-causal") for stage in ("text-encoder", "denoiser", "decoder")
     }
     assert all(stage["replicas"] == stage["target_replicas"] == 1 for stage in load["stages"])
+    assert all((stage["waiting"], stage["in_work"]) == (0, 0) for stage in load["stages"])
+    # The service has made videos, but none since it was last asked.
+    again = client.get("/v1/load").json()["stages"]
+    assert all(0 <= stage["occupancy"] < 0.5 for stage in again)
 
 
 def finished(client: httpx.Client, **asked: Any) -> str:
@@ -327,7 +332,7 @@ def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) 
                 found.setdefault(sample.name, []).append(sample.labels)
         return found
 
-    scraped = until(samples, lambda found: exported_names() <= found.keys())
+    scraped = until(samples, lambda found: exported_names() | all_metrics() <= found.keys())
     stages = {(labels["model"], labels["stage"]) for labels in scraped["ray_rushes_stage_call_seconds_count"]}
     assert {("tiny", "text-encoder"), ("tiny", "denoiser"), ("tiny", "decoder")} <= stages
     assert all(labels["model"] in ("tiny", "tiny-causal") for labels in scraped["ray_rushes_videos_ended_total"])

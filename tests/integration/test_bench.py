@@ -87,6 +87,9 @@ async def test_a_report_is_of_what_was_asked(http: httpx.AsyncClient, tiny_bundl
     assert sum(told["breakdown"]["parts"].values()) + told["breakdown"]["rest"] == pytest.approx(
         told["breakdown"]["whole"]
     )
+    # Every engine had something to do.
+    assert all(share > 0 for share in told["occupancy"].values())
+    assert told["occupancy"].keys() == told["breakdown"]["parts"].keys()
     # Three that were measured, of which one was refused, and one to warm up, which is in no figure.
     assert len((await http.get("/v1/videos")).json()["data"]) == 3
     assert sorted(path.name for path in plots.iterdir()) == ["latency.png", "timeline.png"]
@@ -98,7 +101,9 @@ async def test_a_job_is_followed_to_its_end(http: httpx.AsyncClient, tmp_path: P
     output = tmp_path / "report.json"
     small = ["--size", "64x64", "--seconds", "1", "--steps", "2", "--field", "guidance_scale=1"]
     done = await bench(
-        http, "--follow", follow, "--rate", "20", "-n", "2", "--warm-up", "0", "-o", str(output), "--seed", "-1", *small
+        http,
+        *("--follow", follow, "--rate", "20", "-n", "2", "--warm-up", "0", "-o", str(output), "--seed", "-1", *small),
+        *(["--form"] if follow == "watch" else []),
     )
     assert done.exit_code == 0, done.output
     told = json.loads(output.read_text())

@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from models.bundle import Bundle
 from serving.client import ApiError, AsyncRealtime, AsyncRushes, LiveChunk, Rushes
 from serving.config import RealtimeConfig
+from serving.media.fmp4 import codec_string
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Fragment, LatentChunk, LostSession
@@ -155,9 +156,11 @@ async def test_a_dropped_connection_ends_the_session(service: WholeService, pipe
 async def test_without_asyncio(service: WholeService) -> None:
     def use(url: str) -> list[str]:
         prompts = []
-        with Rushes(url) as rushes, rushes.realtime(PROMPT, **ASKED) as live:
+        with Rushes(url) as rushes, rushes.realtime(PROMPT, codec="vp9", **ASKED) as live:
             for chunk in live:
                 prompts.append(chunk.prompt)
+                assert codec_string(chunk.init) == "vp09.00.10.08"
+                assert len(chunk.frames()) == chunk.about["frames"]
                 if chunk.index == 0:
                     live.change_prompt(OTHER)
                 if chunk.prompt == OTHER:

@@ -11,11 +11,11 @@ import pytest
 from service import WholeService, until
 
 from models.bundle import Bundle
-from serving.api.watching import error_box
 from serving.engines.engine import EngineError
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus
 from serving.jobs.sweeper import Sweeper
+from serving.media.trailer import error_box
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec
 

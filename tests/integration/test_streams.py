@@ -21,7 +21,7 @@ from making import CHUNKS, FPS, FRAGMENTS, WHOLE, Making, queued
 from service import Service, assert_envelope, served
 
 from models.bundle import Bundle
-from serving.api.watching import ERROR_SCHEME
+from serving.media.trailer import read_error
 
 
 @pytest.fixture
@@ -102,9 +102,8 @@ async def test_a_failed_video_ends_its_stream_with_what_was_wrong(
         trailer = (await reader.rest()).removeprefix(begun)
     assert int.from_bytes(trailer[:4], "big") == len(trailer)
     assert trailer[4:8] == b"emsg"
-    scheme, code, data = trailer[12 + 20 :].split(b"\0", 2)
-    assert (scheme.decode(), code) == (ERROR_SCHEME, b"generation_failed")
-    assert json.loads(data) == {"code": "generation_failed", "message": "out of memory"}
+    assert trailer[32:].startswith(b"urn:rushes:error:2026\0generation_failed\0")
+    assert read_error(trailer) == ("generation_failed", "out of memory")
     # Players pass over it.
     with av.open(io.BytesIO(begun + trailer)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 9
@@ -293,8 +292,8 @@ async def test_events_tell_a_video_from_the_queue_to_its_end(service: Service, c
         assert (await events.until("queued"))["position"] == 0
         making = await Making.begun(service, second)
         assert (await events.until("started"))["attempt"] == 1
-        await service.store.set_progress(second, making.video.fence, 40)
-        assert (await events.until("progress"))["progress"] == 40
+        await service.store.set_progress(second, making.video.fence, 40, step=9, steps=20)
+        assert await events.until("progress") == {"video_id": second, "progress": 40, "step": 9, "steps": 20}
         await making.show(0)
         event, event_id, chunk = await events.next()
         assert (event, event_id) == ("chunk", "0")

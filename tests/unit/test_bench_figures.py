@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,11 +22,14 @@ from serving.bench.figures import Measured
 from serving.bench.following import Outcome
 from serving.bench.fragments import fragment_seconds
 from serving.bench.machine import this_machine
+from serving.bench.processes import NotStarted, server, settings_of
 from serving.bench.report import Goals, report
 from serving.bench.statistics import Spread, Summary, percentile, steady_rate
 from serving.bench.suite import Results
 from serving.bench.tables import load_table, seconds, spread, table
 from serving.bench.viewer import Arrived, view
+from serving.config import ServiceConfig
+from serving.deployments.local import free_port
 from serving.media.fmp4 import encode_fragment
 
 # A busy machine is no failure.
@@ -174,6 +179,17 @@ def test_a_fragments_boxes_say_how_long_it_plays(frames: int, fps: int) -> None:
         fragment_seconds(fragment.init, fragment.init)
 
 
+@given(st.binary(max_size=64), st.integers(0, 600))
+@checked
+def test_a_damaged_fragment_is_a_value_error(junk: bytes, place: int) -> None:
+    fragment = encode_fragment(np.zeros((2, 16, 16, 3), np.uint8), fps=16, index=0, first_frame=0)
+    data = fragment.data[:place] + junk + fragment.data[place + len(junk) :]
+    with suppress(ValueError):
+        assert fragment_seconds(fragment.init, data) > 0
+    with suppress(ValueError):
+        assert fragment_seconds(fragment.init[:place] + junk, fragment.data) > 0
+
+
 def _outcome(scheduled: float, *times: float, error: str | None = None, label: str = "") -> Outcome:
     """One that was sent and accepted at once, with a second of video in each chunk."""
     return Outcome(
@@ -305,3 +321,32 @@ def test_benchmarks_md_has_a_place_for_every_part_of_a_run() -> None:
     assert filled(made, parts) == made
     assert set(re.findall(r"<!-- bench:begin (\w+) -->", document)) == parts.keys()
     json.loads(Results(this_machine()).as_json())
+
+
+def test_a_server_that_ends_at_once_is_said_with_its_last_words() -> None:
+    with (
+        pytest.raises(NotStarted, match=r"http\.server ended with 2.*not-a-port"),
+        server(["http.server", "not-a-port"], "http://127.0.0.1:9", "/"),
+    ):
+        pass
+
+
+def test_a_server_ends_with_whoever_wanted_it() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+
+    def interrupted() -> None:
+        with server(["http.server", str(port), "--bind", "127.0.0.1"], url, "/"):
+            assert httpx.get(url).is_success
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_a_services_settings_are_what_was_set() -> None:
+    config = ServiceConfig.model_validate({"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10})
+    assert settings_of(config) == {"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10}
+    assert ServiceConfig.model_validate(settings_of(config)) == config

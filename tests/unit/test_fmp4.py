@@ -12,7 +12,7 @@ import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from numpy.typing import NDArray
 
-from serving.media.fmp4 import EncodedFragment, codec_string, encode_fragment, remux_to_mp4
+from serving.media.fmp4 import CODECS, Codec, EncodedFragment, codec_string, encode_fragment, remux_to_mp4
 
 FPS = 16
 CHUNKS = [(0, 9), (9, 21), (21, 33), (33, 37)]
@@ -215,3 +215,31 @@ def test_remux_is_deterministic_and_leaves_nothing_half_written(encoded: list[En
     for name in ("one.mp4", "two.mp4"):
         remux_to_mp4(encoded[0].init, [fragment.data for fragment in encoded], tmp_path / name)
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_keeps_what_readers_count_on(codec: Codec, clip: NDArray[np.uint8], tmp_path: Path) -> None:
+    """One key frame, at the start; exact times; the same bytes again; tags; a name; and about the same picture."""
+
+    def encode(index: int) -> EncodedFragment:
+        start, stop = CHUNKS[index]
+        return encode_fragment(clip[start:stop], fps=FPS, index=index, first_frame=start, codec=codec)
+
+    fragments = [encode(index) for index in range(len(CHUNKS))]
+    assert encode(2) == fragments[2]
+    (init,) = {fragment.init for fragment in fragments}
+    name = {"h264": "avc1.64000A", "av1": "av01.0.00M.08", "vp9": "vp09.00.10.08"}[codec]
+    assert codec_string(init) == name
+    whole = init + b"".join(fragment.data for fragment in fragments)
+    frames = decode(whole)
+    assert [round(frame.time * FPS) for frame in frames] == list(range(37))
+    assert [n for n, frame in enumerate(frames) if frame.key_frame] == [start for start, _ in CHUNKS]
+    assert min(psnr(rgb(frame), expected) for frame, expected in zip(frames, clip, strict=True)) > 32
+    for frame in frames:
+        assert (int(frame.colorspace), frame.color_range) == (BT709, ColorRange.MPEG)
+    # A late viewer begins anywhere, and the whole becomes one file.
+    assert len(decode(init + fragments[2].data)) == 12
+    remux_to_mp4(init, [fragment.data for fragment in fragments], tmp_path / "whole.mp4")
+    with av.open(str(tmp_path / "whole.mp4")) as container:
+        assert container.duration == 37 * 1_000_000 // FPS
+        assert sum(1 for _ in container.decode(video=0)) == 37

@@ -120,6 +120,8 @@ def test_what_is_asked_for_is_taken() -> None:
         ("prompt", ["a red ball"], "must be a string, not a list"),
         ("negative_prompt", 0, "must be a string, not the number 0"),
         ("negative_prompt", "x" * 4001, "at most 4000"),
+        ("codec", "hevc", "one of h264, av1, vp9, not the string 'hevc'"),
+        ("codec", ["av1"], "one of h264, av1, vp9"),
         ("size", "100x128", "multiples of 16"),
         ("size", "128x100", "multiples of 16"),
         ("size", "512x128", "between 64 and 256"),

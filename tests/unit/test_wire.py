@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making import FRAGMENTS, WHOLE
 
-from serving.api.watching import ERROR_SCHEME as SAID_BY_THE_SERVICE
-from serving.api.watching import error_box
 from serving.client import Chunk, RushesError, VideoFailed
-from serving.client.wire import ERROR_SCHEME, EventReader, FragmentReader
+from serving.client.wire import EventReader, FragmentReader
+from serving.media.trailer import error_box
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -60,7 +59,6 @@ def test_what_is_no_video_is_an_error(data: bytes) -> None:
 
 
 def test_the_box_that_ends_a_failed_video() -> None:
-    assert ERROR_SCHEME == SAID_BY_THE_SERVICE
     reader = FragmentReader()
     box = error_box("generation_failed", "out of memory: 3 GiB \N{EM DASH} more")
     assert len(read(reader, [WHOLE, box[:-1]])) == 4

@@ -1,0 +1,1 @@
+"""What the chart is made of that isn't written by hand: `python -m k8s.render`."""
