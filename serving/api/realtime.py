@@ -121,6 +121,10 @@ class _Conversation:
             await self._say_farewell(overs)
         except* (WebSocketDisconnect, RuntimeError):
             pass  # the client is gone: the latter is what sending to it raises then
+        except* Exception as unexpected:
+            _log.error("an interactive session broke off", exc_info=unexpected)
+            failed = ApiError(500, "The service made a mistake; its log says more.")
+            await self._say_farewell(BaseExceptionGroup("", [_Over("failed", failed, _FAILED)]))
         finally:
             if self._place_taken:
                 self._places.leave()

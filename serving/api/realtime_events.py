@@ -15,7 +15,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from serving.api.errors import ApiError, error_body
-from serving.api.schemas import CreateVideoRequest, WholeNumber, named_error, without_nul
+from serving.api.schemas import CreateVideoRequest, WholeNumber, named_error, parse_create, without_nul
 from serving.pipeline.interactive import LiveFragment, Prompt
 
 # What a client may say at once.
@@ -52,6 +52,9 @@ class SessionSettings(PromptChange):
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     rewrite_prompt: bool | None = None
     codec: str | None = None
+    guidance_interval: list[float] | None = None
+    cache: str | None = None
+    lora: Any = None
 
     @field_validator("negative_prompt")
     @classmethod
@@ -59,7 +62,8 @@ class SessionSettings(PromptChange):
         return without_nul(text)
 
     def as_request(self) -> CreateVideoRequest:
-        return CreateVideoRequest(**self.model_dump())
+        """Raises `ApiError`."""
+        return parse_create(self.model_dump(), form=False)
 
 
 class SessionCreate(_ClientEvent):

@@ -19,6 +19,10 @@ from serving.config import ServiceConfig
 
 _START_SECONDS, _STOP_SECONDS = 300.0, 60.0
 _TAIL_CHARACTERS = 600
+_ELSEWHERE = (
+    *("models", "model_aliases", "data_dir", "host", "port", "require_keys", "webhooks", "quota_bytes"),
+    *("store_url", "artifacts_url", "artifacts_options", "log_sharing"),
+)
 
 
 class NotStarted(OSError):  # noqa: N818
@@ -58,7 +62,9 @@ def server(arguments: Sequence[str], url: str, ready: str, *, stop_seconds: floa
 @contextmanager
 def service(settings: Mapping[str, object], folder: Path, port: int) -> Iterator[str]:
     """`rushes serve` with this configuration, its data in `folder`; its root's URL. Raises `NotStarted`."""
-    values = {**settings, "data_dir": str(folder / "data"), "host": "127.0.0.1", "port": port}
+    # A store of its own, whatever the environment says: it is no place for a benchmark's videos where others are.
+    store = {"data_dir": str(folder / "data"), "store_url": f"sqlite:///{folder / 'videos.db'}"}
+    values = {**settings, **store, "host": "127.0.0.1", "port": port, "require_keys": False}
     path = folder / "service.yaml"
     path.write_text(yaml.safe_dump(values))
     url = f"http://127.0.0.1:{port}"
@@ -67,8 +73,8 @@ def service(settings: Mapping[str, object], folder: Path, port: int) -> Iterator
 
 
 def settings_of(config: ServiceConfig) -> dict[str, object]:
-    """As YAML has it, without what was left out."""
-    said: dict[str, object] = config.model_dump(mode="json", exclude_unset=True)
+    """As YAML has it, without what was left out, and without what says where things are kept and who may come."""
+    said: dict[str, object] = config.model_dump(mode="json", exclude_unset=True, exclude=set(_ELSEWHERE))
     return said
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from serving.bench.asks import Arrival, Ask
     from serving.bench.breakdown import Breakdown
     from serving.bench.following import Outcome, Target
+    from serving.bench.observed import Counts
 
 
 class Follow(StrEnum):
@@ -75,6 +76,14 @@ def load(
             "latency, and how busy they were."
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The /metrics page of a Rushes service (`observability.metrics_port`): says how busy its stages were. "
+            "It reports with a delay, so this takes half a minute more.",
+        ),
+    ] = None,
     config: Config = None,
     api_key: ApiKey = None,
     output: Json = None,
@@ -90,6 +99,7 @@ def load(
     from serving.bench.following import Follow as Following
     from serving.bench.following import Target
     from serving.bench.machine import this_machine
+    from serving.bench.observed import between, observed_table, settled
     from serving.bench.plots import check_plots, plot_load
     from serving.bench.report import Goals, report
     from serving.bench.tables import load_table
@@ -114,7 +124,7 @@ def load(
             check_plots()
             plots.mkdir(parents=True, exist_ok=True)
 
-        async def measured() -> list[Outcome]:
+        async def measured() -> tuple[list[Outcome], Counts | None, Counts | None]:
             async with Target(
                 url,
                 Following(follow.value),
@@ -123,11 +133,24 @@ def load(
                 poll_seconds=poll_seconds,
                 form=form,
             ) as target:
-                return await _measured(target, arrivals, warming, concurrency)
+                await _warmed_up(target, warming)
+                before = None if metrics is None else await settled(metrics)
+                outcomes = await _measured(target, arrivals, concurrency)
+                return outcomes, before, None if metrics is None else await settled(metrics)
 
-        outcomes = asyncio.run(measured())
+        outcomes, before, after = asyncio.run(measured())
         told = report(outcomes, Goals(slo_seconds, slo_first_chunk_seconds, startup_seconds))
         print(load_table(told))
+        observed = None
+        if before is not None and after is not None:
+            observed = between(
+                before,
+                after,
+                wall_seconds=told.wall_seconds,
+                completed=told.completed,
+                latency_seconds=None if told.latency is None else told.latency.mean,
+            )
+            print(f"\n{observed_table(observed)}")
         parts = None if bundle is None else _explained(bundle, config_of(config), outcomes)
         if parts:
             print(f"\n{breakdown_table(parts[0])}\n\n{occupancy_table(occupancy(parts, told.wall_seconds))}")
@@ -139,6 +162,7 @@ def load(
                 "report": asdict(told),
                 "breakdown": {**asdict(parts[0]), "rest": parts[0].rest} if parts else None,
                 "occupancy": occupancy(parts, told.wall_seconds) if parts else None,
+                "observed": None if observed is None else asdict(observed),
                 "outcomes": [asdict(outcome) for outcome in outcomes],
             }
             output.write_text(json.dumps(values, indent=1) + "\n")
@@ -178,9 +202,15 @@ def _arrivals(
     return arrivals, [Ask(others[number % len(others)]) for number in range(warm_up)]
 
 
-async def _measured(
-    target: Target, arrivals: list[Arrival], warming: list[Ask], concurrency: int | None
-) -> list[Outcome]:
+async def _warmed_up(target: Target, warming: list[Ask]) -> None:
+    """Raises `OSError` when nobody is there."""
+    with console.status("warming up"):
+        for ask in warming:
+            if (await target.make(ask)).error == "no connection":
+                raise OSError("the server can't be reached")
+
+
+async def _measured(target: Target, arrivals: list[Arrival], concurrency: int | None) -> list[Outcome]:
     from serving.bench.load import closed_loop, open_loop
 
     ended = 0
@@ -190,12 +220,7 @@ async def _measured(
         ended += 1
         status.update(f"{ended} of {len(arrivals)} have ended")
 
-    with console.status("warming up") as status:
-        for ask in warming:
-            outcome = await target.make(ask)
-            if outcome.error == "no connection":
-                raise OSError("the server can't be reached")
-        status.update(f"0 of {len(arrivals)} have ended")
+    with console.status(f"0 of {len(arrivals)} have ended") as status:
         if concurrency is None:
             return await open_loop(target, arrivals, told)
         return await closed_loop(target, [arrival.ask for arrival in arrivals], concurrency, told)

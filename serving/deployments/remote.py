@@ -15,6 +15,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import RayServeException
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from serving.deployments.attempt import Stages
@@ -102,8 +103,8 @@ class RemoteDenoiser:
         """Every replica is told: nobody but the one that has it knows which that is."""
         try:
             return any(await self._handle.broadcast("steer", video_id, steering).results_async())
-        except _GONE:
-            return False  # if it was this video's, its stream says so
+        except (*_GONE, RayServeException):
+            return False  # that replica has died, or all have: if it was this video's, its stream says so
 
 
 class RemoteDecoder:

@@ -25,6 +25,7 @@ from queries import all_metrics
 from receiver import SECRET, Receiver, receiving
 
 from models.bundle import Bundle
+from serving.bench.observed import between, counts
 from serving.client import Rushes
 from serving.config import ObservabilityConfig, ServiceConfig, WebhookConfig
 from serving.deployments.local import LocalService, free_port, local_service
@@ -76,7 +77,9 @@ def running(
         port=free_port(),
         webhooks=WebhookConfig(secret=SECRET, allow_private=True),
     )
-    with receiving() as told:
+    with receiving() as told, pytest.MonkeyPatch.context() as environment:
+        # What is measured is to be seen soon.
+        environment.setenv("RAY_metrics_report_interval_ms", "1000")
         seen = ObservabilityConfig(
             metrics_port=free_port(),
             traces_url=f"http://127.0.0.1:{told.server.server_port}/v1/traces",
@@ -335,6 +338,9 @@ def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) 
     scraped = until(samples, lambda found: exported_names() | all_metrics() <= found.keys())
     stages = {(labels["model"], labels["stage"]) for labels in scraped["ray_rushes_stage_call_seconds_count"]}
     assert {("tiny", "text-encoder"), ("tiny", "denoiser"), ("tiny", "decoder")} <= stages
+    observed = between({}, counts(httpx.get(page).text), wall_seconds=60, completed=1, latency_seconds=None)
+    assert observed.occupancy.keys() == observed.calls.keys() == {"text-encoder", "denoiser", "decoder"}
+    assert observed.rows is not None
     assert all(labels["model"] in ("tiny", "tiny-causal") for labels in scraped["ray_rushes_videos_ended_total"])
     assert {labels["state"] for labels in scraped["ray_rushes_jobs"]} == {"queued", "held", "in_progress", "lapsed"}
 

@@ -263,37 +263,60 @@ async def test_a_session_ends_when_its_time_is_over(
         await until(lambda: idle(pipeline))
 
 
-@pytest.mark.parametrize(
-    ("event", "param", "code"),
-    [
-        ("{", None, "invalid_json"),
-        ("[]", None, "invalid_type"),
-        (b"{}", None, "invalid_type"),
-        ('"' + "x" * (1 << 16) + '"', None, "event_too_large"),
-        ({}, "type", "invalid_event_type"),
-        ({"type": "session.begin"}, "type", "invalid_event_type"),
-        ({"type": ["session.stop"]}, "type", "invalid_event_type"),
-        ({"type": "session.pause"}, "type", "no_session"),
-        ({"type": "session.create"}, "session", "missing_required_parameter"),
-        ({"type": "session.create", "session": {}}, "session.prompt", "missing_required_parameter"),
-        ({"type": "session.create", "session": {"prompt": " "}}, "session.prompt", "invalid_value"),
-        ({"type": "session.create", "session": {"prompt": "a\0"}}, "session.prompt", "invalid_value"),
-        ({"type": "session.create", "session": {"prompt": "a", "seconds": 1}}, "session.seconds", "unknown_parameter"),
-        ({"type": "session.create", "session": {"prompt": "a", "size": "9x9"}}, "session.size", "invalid_value"),
-        ({"type": "session.create", "session": {"prompt": "a", "model": "x"}}, "session.model", "model_not_found"),
-        ({"type": "session.create", "session": {"prompt": "a"}}, "session.model", "model_not_causal"),
-    ],
-)
-async def test_what_is_wrong_with_an_event_is_said(
-    tiny_bundle: Bundle, tmp_path: Path, event: Any, param: str | None, code: str
-) -> None:
+WRONG: list[tuple[Any, str | None, str]] = [
+    ("{", None, "invalid_json"),
+    ("[]", None, "invalid_type"),
+    (b"{}", None, "invalid_type"),
+    ('"' + "x" * (1 << 16) + '"', None, "event_too_large"),
+    ({}, "type", "invalid_event_type"),
+    ({"type": "session.begin"}, "type", "invalid_event_type"),
+    ({"type": ["session.stop"]}, "type", "invalid_event_type"),
+    ({"type": "session.pause"}, "type", "no_session"),
+    ({"type": "session.create"}, "session", "missing_required_parameter"),
+    ({"type": "session.create", "session": {}}, "session.prompt", "missing_required_parameter"),
+    ({"type": "session.create", "session": {"prompt": " "}}, "session.prompt", "invalid_value"),
+    ({"type": "session.create", "session": {"prompt": "a\0"}}, "session.prompt", "invalid_value"),
+    ({"type": "session.create", "session": {"prompt": "a", "seconds": 1}}, "session.seconds", "unknown_parameter"),
+    ({"type": "session.create", "session": {"prompt": "a", "size": "9x9"}}, "session.size", "invalid_value"),
+    ({"type": "session.create", "session": {"prompt": "a", "codec": "hevc"}}, "session.codec", "invalid_value"),
+    ({"type": "session.create", "session": {"prompt": "a", "cache": "all"}}, "session.cache", "invalid_value"),
+    ({"type": "session.create", "session": {"prompt": "a", "lora": 1}}, "session.lora", "invalid_value"),
+    ({"type": "session.create", "session": {"prompt": "a", "model": "x"}}, "session.model", "model_not_found"),
+    ({"type": "session.create", "session": {"prompt": "a"}}, "session.model", "model_not_causal"),
+]
+
+
+async def test_what_is_wrong_with_an_event_is_said(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """And the connection is as good as before."""
     async with served(Service(tiny_bundle, tmp_path).api) as client, opened(str(client.base_url)) as socket:
-        for _ in range(2):
+        for event, param, code in WRONG:
             await socket.send(json.dumps(event) if isinstance(event, dict) else event)
             error = (await heard(socket, "error"))["error"]
             assert error.keys() == {"message", "type", "param", "code", "event_id"}
-            assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+            said = error["param"], error["code"], error["type"]
+            assert said == (param, code, "invalid_request_error"), event
+
+
+async def test_a_stage_that_fails_is_said(service: WholeService, pipeline: LocalPipeline) -> None:
+    class Broken(Lossy):
+        async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
+            raise ValueError("out of memory")
+            yield
+
+    service.stages["denoiser"] = Broken(pipeline.denoiser)
+    with pytest.raises(ApiError, match="out of memory") as failed:
+        async with session(service) as live:
+            await first(live, 1)
+    assert (failed.value.status, failed.value.code) == (500, "generation_failed")
+
+    class Silent:
+        async def encode(self, prompt: str) -> None:
+            raise KeyError(prompt)
+
+    service.stages["text_encoder"] = Silent()
+    with pytest.raises(ApiError, match="made a mistake"):
+        async with session(service):
+            pass
 
 
 async def test_the_client_raises_what_the_service_refuses(service: WholeService) -> None:

@@ -22,6 +22,7 @@ from serving.bench.figures import Measured
 from serving.bench.following import Outcome
 from serving.bench.fragments import fragment_seconds
 from serving.bench.machine import this_machine
+from serving.bench.observed import between, counts, observed_table
 from serving.bench.processes import NotStarted, server, settings_of
 from serving.bench.report import Goals, report
 from serving.bench.statistics import Spread, Summary, percentile, steady_rate
@@ -346,7 +347,51 @@ def test_a_server_ends_with_whoever_wanted_it() -> None:
         httpx.get(url)
 
 
-def test_a_services_settings_are_what_was_set() -> None:
-    config = ServiceConfig.model_validate({"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10})
-    assert settings_of(config) == {"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10}
-    assert ServiceConfig.model_validate(settings_of(config)) == config
+def test_a_benchmarks_service_is_set_up_as_another_and_keeps_nothing_where_that_does() -> None:
+    stages = {"denoiser": {"threads": 2, "provider": "openvino"}, "lease_seconds": 10}
+    elsewhere = {"store_url": "postgresql://user@host/name", "artifacts_url": "s3://bucket", "require_keys": True}
+    assert settings_of(ServiceConfig.model_validate({**stages, **elsewhere})) == stages
+    assert settings_of(ServiceConfig()) == {}
+
+
+def _page(busy: float, calls: float, rows: float, hits: float) -> str:
+    return f"""# TYPE ray_rushes_stage_busy_seconds_total counter
+ray_rushes_stage_busy_seconds_total{{model="a",stage="denoiser",ReplicaId="1"}} {busy}
+ray_rushes_stage_busy_seconds_total{{model="a",stage="denoiser",ReplicaId="2"}} 1.0
+ray_rushes_stage_busy_seconds_total{{model="a",stage="decoder"}} {busy / 2}
+# TYPE ray_rushes_stage_call_seconds histogram
+ray_rushes_stage_call_seconds_bucket{{stage="denoiser",le="+Inf"}} {calls}
+ray_rushes_stage_call_seconds_sum{{stage="denoiser"}} {busy}
+ray_rushes_stage_call_seconds_count{{stage="denoiser"}} {calls}
+# TYPE ray_rushes_denoiser_batch_rows histogram
+ray_rushes_denoiser_batch_rows_sum{{model="a"}} {rows}
+ray_rushes_denoiser_batch_rows_count{{model="a"}} {calls}
+# TYPE ray_rushes_embeddings_total counter
+ray_rushes_embeddings_total{{cache="hit"}} {hits}
+ray_rushes_embeddings_total{{cache="miss"}} 3
+ray_others_total{{stage="denoiser"}} 7
+"""
+
+
+def test_a_services_own_metrics_are_told_as_what_grew() -> None:
+    observed = between(
+        counts(_page(2, 10, 20, 0)),
+        counts(_page(6, 30, 80, 5)),
+        wall_seconds=8,
+        completed=4,
+        latency_seconds=2.0,
+    )
+    assert observed.occupancy == {"denoiser": 0.5, "decoder": 0.25}
+    assert observed.call_seconds == {"denoiser": 4 / 20}
+    assert observed.rows == 3
+    assert observed.cached_prompts == 1
+    assert observed.by_request == {"denoiser": 1.0, "decoder": 0.5}
+    assert observed.rest == pytest.approx(0.5)
+    assert "50.0 %" in observed_table(observed)
+    assert "500.0 ms are in no engine call" in observed_table(observed)
+
+
+def test_metrics_that_say_nothing_are_no_error() -> None:
+    observed = between({}, {}, wall_seconds=0, completed=0, latency_seconds=None)
+    assert (observed.occupancy, observed.rows, observed.rest) == ({}, None, None)
+    assert "stage" in observed_table(observed)
