@@ -36,6 +36,8 @@ GPU_GIB: Mapping[str, float] = {
     "H200": 141,
     "B200": 180,
 }
+# Rendered charts are long.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _STAGES = {"text-encoder": "text_encoder", "denoiser": "denoiser", "decoder": "decoder"}
 
 
@@ -45,7 +47,9 @@ def check_file(path: Path, gpu_gib: float | None = None) -> list[Finding]:
     Raises `ConfigError` for a file that isn't YAML.
     """
     try:
-        documents = [each for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each is not None]
+        documents = [
+            each for each in yaml.load_all(path.read_text(encoding="utf-8"), Loader=_LOADER) if each is not None
+        ]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -59,7 +63,7 @@ def check_file(path: Path, gpu_gib: float | None = None) -> list[Finding]:
         elif "kind" in document:
             found += _manifest(document, gpu_gib)
         elif "applications" in document:
-            found += _serve(document, [], (), gpu_gib)
+            found += _serve(document, [], (), gpu_gib)[0]
         else:
             found += _service(document, gpu_gib)
     return found
@@ -75,7 +79,7 @@ def _service(values: Mapping[str, Any], gpu_gib: float | None) -> list[Finding]:
 
 def _serve(
     values: Any, groups: list[NodeGroup], mounted: tuple[str, ...], gpu_gib: float | None, *, secrets: bool = False
-) -> list[Finding]:
+) -> tuple[list[Finding], ServiceConfig | None]:
     from serving.deployments.serve_file import check_serve_file
 
     file = check_serve_file(values)
@@ -84,7 +88,7 @@ def _serve(
         found += check_placement(file.demands, groups)
     if file.config is not None:
         found += check_service(file.config, _gpus(file.demands, groups, gpu_gib), mounted, secrets=secrets)
-    return found
+    return found, file.config
 
 
 def _manifest(document: Mapping[str, Any], gpu_gib: float | None) -> list[Finding]:
@@ -102,17 +106,11 @@ def _manifest(document: Mapping[str, Any], gpu_gib: float | None) -> list[Findin
             found.append(Finding(place, f"not YAML: {' '.join(str(error).split())}"))
         else:
             groups, mounted = node_groups(cluster), mounted_paths(cluster)
-            served = _serve(values, groups, mounted, gpu_gib, secrets=has_secrets(cluster))
+            served, config = _serve(values, groups, mounted, gpu_gib, secrets=has_secrets(cluster))
             found += [each.under(place) for each in served]
-            if (config := _config_in(values)) is not None:
+            if config is not None:
                 found += check_times(document, config.graceful_shutdown_seconds)
     return [each.under(name) for each in found]
-
-
-def _config_in(values: Any) -> ServiceConfig | None:
-    from serving.deployments.serve_file import check_serve_file
-
-    return check_serve_file(values).config
 
 
 def _gpus(demands: list[Demand], groups: list[NodeGroup], gpu_gib: float | None) -> dict[str, float]:

@@ -77,7 +77,9 @@ def running(
         port=free_port(),
         webhooks=WebhookConfig(secret=SECRET, allow_private=True),
     )
-    with receiving() as told:
+    with receiving() as told, pytest.MonkeyPatch.context() as environment:
+        # What is measured is to be seen soon.
+        environment.setenv("RAY_metrics_report_interval_ms", "1000")
         seen = ObservabilityConfig(
             metrics_port=free_port(),
             traces_url=f"http://127.0.0.1:{told.server.server_port}/v1/traces",

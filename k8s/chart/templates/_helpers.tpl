@@ -53,7 +53,6 @@ envFrom:
 {{- define "rushes.mounts" -}}
 - {name: scratch, mountPath: /tmp}
 - {name: shared-memory, mountPath: /dev/shm}
-- {name: data, mountPath: {{ .Values.config.data_dir }}}
 {{- if .Values.storage.bundles.existingClaim }}
 - {name: bundles, mountPath: /bundles, readOnly: true}
 {{- end }}
@@ -67,8 +66,6 @@ envFrom:
   emptyDir: {sizeLimit: {{ .Values.scratchSize }}}
 - name: shared-memory
   emptyDir: {medium: Memory, sizeLimit: {{ .Values.sharedMemory }}}
-- name: data
-  persistentVolumeClaim: {claimName: {{ .Values.storage.data.existingClaim | default (printf "%s-data" (include "rushes.name" .)) }}}
 {{- with .Values.storage.bundles.existingClaim }}
 - name: bundles
   persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
