@@ -62,14 +62,17 @@ def captioner(checkpoint: Path, latent: LatentInfo) -> tuple[CaptionerInfo, tupl
 
 
 def encoders(checkpoint: WanCheckpoint, latent: LatentInfo) -> tuple[Graph, Graph]:
-    """`encoder_first` and `encoder_next`, which share one weight file."""
+    """`encoder_first` and `encoder_next`, which share one weight file.
+
+    Frames are float32 from 0 to 255: the grey behind a picture (`models.pictures`) is between two whole numbers.
+    """
     random = torch.Generator().manual_seed(8)
     spatial = latent.spatial
     first_module, next_module = EncoderFirst(checkpoint.vae), EncoderNext(checkpoint.vae)
 
     def frames(batch: int, count: int, height: int, width: int) -> torch.Tensor:
         shape = (batch, count, height * spatial, width * spatial, 3)
-        return torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        return torch.randint(0, 256, shape, generator=random).to(torch.float32)
 
     with torch.no_grad():
         _, *shown = first_module(frames(1, 1, 2, 2))
@@ -129,9 +132,9 @@ def encoding_error(checkpoint: WanCheckpoint, first: Any, following: Any, latent
     for length in LENGTHS:
         for batch, height, width in SIZES:
             shape = (batch, length, height * latent.spatial, width * latent.spatial, 3)
-            frames = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+            frames = torch.randint(0, 256, shape, generator=random).to(torch.float32)
             with torch.no_grad():
-                pixels = frames.float().permute(0, 4, 1, 2, 3) / 127.5 - 1
+                pixels = frames.permute(0, 4, 1, 2, 3) / 127.5 - 1
                 whole = ((vae.encode(pixels).latent_dist.mode() - mean) / std).numpy()
             streamed = _streamed(first, following, frames.numpy())
             worst = max(worst, float(np.abs(streamed - whole).max()) if streamed.shape == whole.shape else np.inf)

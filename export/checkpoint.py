@@ -31,7 +31,7 @@ from models.bundle import (
 )
 from models.families import Family, Plan, UnsupportedCheckpointError, open_checkpoint
 from models.graph import Graph
-from models.wan_graphs import WanFamily
+from models.wan_family import WanFamily
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 TOKENIZER = "tokenizer.json"
@@ -119,6 +119,7 @@ def _write(
         chunk_latent_frames=settings.chunk_latent_frames,
         causal=causal,
         experts=family.experts,
+        image=family.image,
         text=TextInfo(tokenizer=TOKENIZER, max_tokens=settings.max_tokens, dim=family.text_dim),
         latent=family.latent,
         sampler=settings.sampler_info(family.scheduler),

@@ -18,6 +18,7 @@ from export.onnx import ExportError
 from models.bundle import GraphName, Manifest, ProofInfo
 from models.families import Family, Take
 from models.graph import Graph
+from models.pictures import condition_of, looked_at, with_grey
 from models.samplers import advance
 
 Array = NDArray[Any]
@@ -29,6 +30,7 @@ STEPS = 3
 LEAST_PSNR, EQUAL_PSNR = 45.0, 100.0
 # Enough to see every range of noise.
 _CALIBRATION_STEPS = 8
+NOTHING_SEEN: Mapping[str, Array] = {}
 
 
 def prove(family: Family, graphs: Sequence[Graph], manifest: Manifest, folder: Path) -> ProofInfo:
@@ -124,6 +126,26 @@ def compare(made: NDArray[np.uint8], expected: NDArray[np.uint8]) -> tuple[float
     return psnr(float(squares.mean())), psnr(float(squares.max()))
 
 
+def _seen(call: Call, manifest: Manifest, take: Take, rows: int) -> dict[str, Array]:
+    """The inputs that show the take's picture, for every row."""
+    if take.picture is None:
+        return {}
+    frames = np.stack([frame.astype(np.float32) for frame in with_grey(take.picture, take.frames)])[None]
+    made = call("encoder_first", {"frames": frames[:, :1]})
+    latents = [made.pop("latents")]
+    for start in range(1, take.frames, manifest.latent.temporal):
+        group = frames[:, start : start + manifest.latent.temporal]
+        made = call("encoder_next", {"frames": group, **{n.removeprefix("next_"): v for n, v in made.items()}})
+        latents.append(made.pop("latents"))
+    condition = condition_of(np.concatenate(latents, axis=2)[0], manifest.latent.temporal)
+    seen = {"condition": np.repeat(condition[None], rows, axis=0)}
+    if manifest.image is not None:
+        pixels = looked_at(take.picture, manifest.image.side)[None]
+        states = call("image_encoder", {"pixels": pixels})["image_hidden_states"]
+        seen["image_hidden_states"] = np.repeat(states, rows, axis=0)
+    return seen
+
+
 def denoise(call: Call, manifest: Manifest, take: Take, tokenizer_file: Path) -> Array:
     """Latents `[1, channels, frames, height, width]` of the take, by a plain loop over the manifest's sampler."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -132,7 +154,7 @@ def denoise(call: Call, manifest: Manifest, take: Take, tokenizer_file: Path) ->
     text = np.concatenate(texts if take.guidance_scale > 1 else texts[:1])
     noise = take.noise.numpy()
     if manifest.rollout == "bidirectional":
-        latents, _ = _chunk(call, manifest, take, noise, text, {})
+        latents, _ = _chunk(call, manifest, take, noise, text, {}, _seen(call, manifest, take, len(text)))
         return latents[:, :, _added(manifest, take.frames) :]
     assert manifest.causal is not None
     window, causal, (_, _, frames, height, width) = manifest.window, manifest.causal, noise.shape
@@ -150,7 +172,13 @@ def denoise(call: Call, manifest: Manifest, take: Take, tokenizer_file: Path) ->
 
 
 def _chunk(
-    call: Call, manifest: Manifest, take: Take, noise: Array, text: Array, state: Mapping[str, Array]
+    call: Call,
+    manifest: Manifest,
+    take: Take,
+    noise: Array,
+    text: Array,
+    state: Mapping[str, Array],
+    seen: Mapping[str, Array] = NOTHING_SEEN,
 ) -> tuple[Array, Array | None]:
     """Denoise one run of frames; of a causal model, also what belongs into the cache then."""
     tokens = noise[0, 0].size // manifest.latent.patch**2
@@ -168,7 +196,7 @@ def _chunk(
         }
         if manifest.shape_of(graph, "lora_scales") is not None:
             feeds["lora_scales"] = np.zeros((rows, len(manifest.loras)), np.float32)
-        return call(graph, {**feeds, **state})
+        return call(graph, {**feeds, **state, **seen})
 
     for index, timestep in enumerate(table.timesteps):
         graph: GraphName = "denoiser" if timestep >= boundary else "denoiser_2"
@@ -206,7 +234,16 @@ def _take(manifest: Manifest, seed: int = 7) -> Take:
         size=(side * latent.spatial, side * latent.spatial),
         frames=frames,
         fresh=lambda index: torch.from_numpy(_fresh(index, shape)),
+        picture=_picture(side * latent.spatial, seed) if manifest.pictured else None,
     )
+
+
+def _picture(side: int, seed: int) -> NDArray[np.uint8]:
+    """Large squares of random colours."""
+    squares = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    at = np.arange(side) * 4 // side
+    picture: NDArray[np.uint8] = np.ascontiguousarray(squares[at][:, at])
+    return picture
 
 
 def _added(manifest: Manifest, frames: int) -> int:

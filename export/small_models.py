@@ -10,7 +10,7 @@ from export.onnx import ExportError
 from models.bundle import CaptionerInfo, RewriterInfo
 from models.families import Family
 from models.graph import Graph
-from models.wan_graphs import WanFamily
+from models.wan_family import WanFamily
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from export.onnx import ExportError
 from export.profiles import DEFAULT_ROWS, profiles_of
@@ -30,6 +29,7 @@ from models.plans import (
     RuntimeName,
     gpu_name,
     graph_digest,
+    open_log,
     store_plan,
     stored_plan,
     write_whole,
@@ -133,7 +133,7 @@ def build_plan(
     `timing` is a file of measured kernels: read if it is there, and written again with what was measured now.
     """
     runtime = target.runtime
-    log = _log(runtime)
+    log = open_log(runtime)
     builder = runtime.Builder(log)
     # Weak typing is gone in TensorRT 11; before that it must be asked not to be used.
     strongly = getattr(runtime.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -184,18 +184,3 @@ def _build(bundle: Bundle, name: GraphName, basis: PlanBasis, target: Target, ca
 
 def _read(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
-
-
-def _log(runtime: ModuleType) -> Any:
-    class Log(runtime.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps the last error, which is what a failed build leaves of its reason."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = "no reason was given"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (runtime.ILogger.Severity.ERROR, runtime.ILogger.Severity.INTERNAL_ERROR):
-                self.last = " ".join(message.split())
-
-    return Log()

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from models.bundle import ExpertsInfo, FamilyName, GraphName, LatentInfo
+from models.bundle import ExpertsInfo, FamilyName, GraphName, ImageInfo, LatentInfo
 from models.cogvideox import CACHE_FRAMES, GROUP, LEAD, DecoderFirst, DecoderNext, Denoiser, TextEncoder
 from models.families import Plan, Take, UnsupportedCheckpointError, fast_tokenizer, read_index
-from models.graph import MOST, Feeds, Graph, multiple
+from models.graph import MOST, Feeds, Graph, multiple, padded_text_encoder
 
 # Patches a side that the table of positions has, at least.
 _LEAST_GRID = 16
@@ -34,6 +34,7 @@ class CogVideoXFamily:
 
     name: FamilyName = "cogvideox"
     experts: ExpertsInfo | None = None
+    image: ImageInfo | None = None
     lora_loader = CogVideoXLoraLoaderMixin
 
     def __init__(
@@ -110,7 +111,7 @@ class CogVideoXFamily:
             # 1.5 doesn't scale its grid: there are no positions beyond the one that it was trained with.
             side = min(side, min(config.sample_height, config.sample_width) // latent.patch)
         return (
-            self._text(plan.max_tokens),
+            padded_text_encoder(TextEncoder(self.text_encoder), self.text_encoder, plan.max_tokens),
             self._denoiser(plan.max_tokens, most, side),
             *self._decoders((cells[0], cells[1])),
         )
@@ -144,27 +145,6 @@ class CogVideoXFamily:
                 output_type="np",
             ).frames[0]
         return frames
-
-    def _text(self, max_tokens: int) -> Graph:
-        random = torch.Generator().manual_seed(1)
-        vocabulary = int(self.text_encoder.config.vocab_size)
-
-        def feeds(lengths: list[int]) -> Feeds:
-            mask = (torch.arange(max_tokens) < torch.tensor(lengths)[:, None]).long()
-            ids = torch.randint(2, vocabulary, mask.shape, generator=random) * mask
-            return {"input_ids": ids, "attention_mask": mask}
-
-        # The padding is seen by all, so its length is part of what is said: it is fixed.
-        shape = {0: Dim("batch", min=1, max=1024)}
-        return Graph(
-            name="text_encoder",
-            module=TextEncoder(self.text_encoder),
-            example=feeds([5, 8]),
-            outputs=("hidden_states",),
-            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
-            weights="text_encoder.weights",
-            cases=(feeds([1]), feeds([3, max_tokens, 1]), feeds([4, 5, 6, 7]), feeds([max_tokens] * 5)),
-        )
 
     def _denoiser(self, max_tokens: int, most: tuple[int, int, int], side: int) -> Graph:
         random = torch.Generator().manual_seed(2)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.bundle import ExpertsInfo, FamilyName, LatentInfo, LimitsInfo, Positions, SamplerInfo
+from models.bundle import ExpertsInfo, FamilyName, ImageInfo, LatentInfo, LimitsInfo, Positions, SamplerInfo
 from models.graph import Graph
 from models.window import ContextWindow
 
@@ -123,7 +123,7 @@ def defaults_of(path: Path) -> Defaults | None:
     except UnsupportedCheckpointError:
         return None
     wan = replace(WAN, fps=24) if index.get("expand_timesteps") else WAN  # TI2V-5B
-    known = {"WanPipeline": wan, "LTXPipeline": LTX, "CogVideoXPipeline": COGVIDEOX}
+    known = {"WanPipeline": wan, "WanImageToVideoPipeline": wan, "LTXPipeline": LTX, "CogVideoXPipeline": COGVIDEOX}
     defaults = known.get(str(index.get("_class_name")))
     return _cogvideox(path) if defaults is COGVIDEOX else defaults
 
@@ -144,7 +144,8 @@ MEMORY_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Take:
-    """One short video to be made twice: `noise` `[1, channels, frames, height, width]` is where both begin.
+    """One short video to be made twice: `noise` `[1, channels, frames, height, width]` is where both begin, and for a
+    model that needs one a `picture` `[height, width, 3]`.
 
     `fresh` is what a sampler that adds noise adds after a step, `[channels, frames, height, width]`, and after the last
     one what a decoder that takes noise is given.
@@ -160,6 +161,7 @@ class Take:
     size: tuple[int, int]
     frames: int
     fresh: Callable[[int], Tensor]
+    picture: NDArray[np.uint8] | None = None
 
 
 class Family(Protocol):
@@ -171,6 +173,7 @@ class Family(Protocol):
     latent: LatentInfo
     text_dim: int
     experts: ExpertsInfo | None
+    image: ImageInfo | None
     lora_loader: Any
 
     @property
@@ -194,10 +197,11 @@ def open_checkpoint(path: Path, plan: Plan) -> Family:
     """Load a diffusers directory. Raises `UnsupportedCheckpointError`, or `OSError` for a part that can't be read."""
     from models.cogvideox_graphs import CogVideoXFamily
     from models.ltx import LtxFamily
-    from models.wan_graphs import WanFamily
+    from models.wan_family import WanFamily
 
     openers: dict[str, Callable[[Path, Plan], Family]] = {
         "WanPipeline": WanFamily.open,
+        "WanImageToVideoPipeline": WanFamily.open,
         "LTXPipeline": LtxFamily.open,
         "CogVideoXPipeline": CogVideoXFamily.open,
     }

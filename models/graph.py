@@ -53,3 +53,28 @@ def multiple(factor: int, name: str, most: int) -> object:
     """A dimension that is `factor` times a whole number up to `most`."""
     dim = Dim(name, min=1, max=most)
     return dim if factor == 1 else factor * dim
+
+
+def padded_text_encoder(module: nn.Module, text_encoder: Any, max_tokens: int) -> Graph:
+    """The graph of a text encoder that sees the padding: the text's length is part of what it says, so it is fixed.
+
+    `module` takes `input_ids` and `attention_mask` int64 `[batch, max_tokens]`.
+    """
+    random = torch.Generator().manual_seed(1)
+    vocabulary = int(text_encoder.config.vocab_size)
+
+    def feeds(lengths: list[int]) -> Feeds:
+        mask = (torch.arange(max_tokens) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(2, vocabulary, mask.shape, generator=random) * mask
+        return {"input_ids": ids, "attention_mask": mask}
+
+    shape = {0: Dim("batch", min=1, max=1024)}
+    return Graph(
+        name="text_encoder",
+        module=module,
+        example=feeds([5, 8]),
+        outputs=("hidden_states",),
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+        weights="text_encoder.weights",
+        cases=(feeds([1]), feeds([3, max_tokens, 1]), feeds([4, 5, 6, 7]), feeds([max_tokens] * 5)),
+    )

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from models.bundle import ExpertsInfo, FamilyName, LatentInfo
+from models.bundle import ExpertsInfo, FamilyName, ImageInfo, LatentInfo
 from models.families import Decoding, Plan, Take, UnsupportedCheckpointError, fast_tokenizer, read_index
-from models.graph import MOST, Feeds, Graph
+from models.graph import MOST, Feeds, Graph, padded_text_encoder
 from models.wan import check_same_batch
 
 # Latent frames before a chunk that its decoding sees.
@@ -44,6 +44,7 @@ class LtxFamily:
 
     name: FamilyName = "ltx"
     experts: ExpertsInfo | None = None
+    image: ImageInfo | None = None
     lora_loader = LTXVideoLoraLoaderMixin
 
     def __init__(
@@ -118,7 +119,7 @@ class LtxFamily:
 
         most, (_, *cells) = plan.largest(self.latent, attention), plan.largest(self.latent, decoding)
         return (
-            self._text(plan.max_tokens),
+            padded_text_encoder(TextEncoder(self.text_encoder), self.text_encoder, plan.max_tokens),
             self._denoiser(plan.max_tokens, seconds_per_latent, most),
             *self._decoders((cells[0], cells[1])),
         )
@@ -158,27 +159,6 @@ class LtxFamily:
                 output_type="np",
             ).frames[0]
         return frames
-
-    def _text(self, max_tokens: int) -> Graph:
-        random = torch.Generator().manual_seed(1)
-        vocabulary = int(self.text_encoder.config.vocab_size)
-
-        def feeds(lengths: list[int]) -> Feeds:
-            mask = (torch.arange(max_tokens) < torch.tensor(lengths)[:, None]).long()
-            ids = torch.randint(2, vocabulary, mask.shape, generator=random) * mask
-            return {"input_ids": ids, "attention_mask": mask}
-
-        # The encoder sees the padding, so its length is part of what it says: it is fixed.
-        shape = {0: Dim("batch", min=1, max=1024)}
-        return Graph(
-            name="text_encoder",
-            module=TextEncoder(self.text_encoder),
-            example=feeds([5, 8]),
-            outputs=("hidden_states",),
-            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
-            weights="text_encoder.weights",
-            cases=(feeds([1]), feeds([3, max_tokens, 1]), feeds([4, 5, 6, 7]), feeds([max_tokens] * 5)),
-        )
 
     def _denoiser(self, max_tokens: int, seconds_per_latent: float, most: tuple[int, int, int]) -> Graph:
         random = torch.Generator().manual_seed(2)

@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 
@@ -156,3 +157,18 @@ def _records(cache: Path) -> Iterator[tuple[Path, PlanInfo]]:
             continue
         if plan.is_file():
             yield plan, info
+
+
+def open_log(runtime: ModuleType) -> Any:
+    """A logger for TensorRT that keeps the `last` error: its calls only say that there was one."""
+
+    class Log(runtime.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = "no reason was given"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (runtime.ILogger.Severity.ERROR, runtime.ILogger.Severity.INTERNAL_ERROR):
+                self.last = " ".join(message.split())
+
+    return Log()

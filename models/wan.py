@@ -1,4 +1,4 @@
-"""The Wan family: which parts of a `WanPipeline` checkpoint are served, and how each is wrapped for export.
+"""The Wan family: which parts of its pipelines' checkpoints are served, and how each is wrapped for export.
 
 The decoder streams. `AutoencoderKLWan.decode` walks over the latent frames one by one and keeps, for each causal
 convolution, the last two frames of its input. Here those caches are tensors of exactly two frames that go in and out of
@@ -30,6 +30,9 @@ from models.stored import Stored, skeleton
 
 CACHE_FRAMES = 2
 TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+# As diffusers tells apart what is the text and what the image in one sequence.
+TEXT_BESIDE_IMAGE = 512
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class WanCheckpoint:
     """The parts of a checkpoint, in fp32 on the CPU.
 
     With `transformer_2` (Wan 2.2 A14B), that one takes the timesteps below `boundary_ratio` of the training schedule.
-    With `expand_timesteps` (TI2V-5B) each token has its own timestep, 0 in frames that are given.
+    With `expand_timesteps` (TI2V-5B) each token has its own timestep, 0 in frames that are given. Where the transformer
+    takes a picture as channels, an `image_encoder` (Wan 2.1) shows it as tokens too; `image_processor` is its config.
     """
 
     text_encoder: Any
@@ -48,18 +52,20 @@ class WanCheckpoint:
     transformer_2: Any | None = None
     boundary_ratio: float | None = None
     expand_timesteps: bool = False
+    image_encoder: Any | None = None
+    image_processor: dict[str, Any] = field(default_factory=dict)
     stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, *, lazily: bool = False) -> WanCheckpoint:
-        """Read a diffusers `WanPipeline` directory, part by part. Raises `UnsupportedCheckpointError`.
+        """Read a diffusers directory, part by part. Raises `UnsupportedCheckpointError`.
 
         `lazily`: text encoder and transformers stay on disk, see `models.stored`.
         """
         index = read_index(path)
-        if index.get("_class_name") != "WanPipeline":
+        if index.get("_class_name") not in PIPELINES:
             raise UnsupportedCheckpointError(
-                f"{path} holds a {index.get('_class_name')}, but only WanPipeline is supported."
+                f"{path} holds a {index.get('_class_name')}, but only {' and '.join(PIPELINES)} are supported."
             )
         experts, boundary = any(index.get("transformer_2") or ()), index.get("boundary_ratio")
         if experts and not (isinstance(boundary, float) and 0 < boundary < 1):
@@ -90,9 +96,11 @@ class WanCheckpoint:
         transformers_there = [
             part(name, WanTransformer3DModel) for name in ("transformer", "transformer_2")[: 1 + experts]
         ]
-        for transformer in transformers_there:
-            if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
-                raise UnsupportedCheckpointError(f"{path} needs an image as input; only text-to-video is supported.")
+        looks = {transformer.config.image_dim is not None for transformer in transformers_there}
+        if len(looks) > 1 or any(transformer.config.pos_embed_seq_len for transformer in transformers_there):
+            raise UnsupportedCheckpointError(f"{path} needs a first and a last picture, or two kinds of pictures.")
+        if looks == {True} and not any(index.get("image_encoder") or ()):
+            raise UnsupportedCheckpointError(f"{path} needs an image encoder, and model_index.json names none.")
         return cls(
             text_encoder=part("text_encoder", getattr(transformers, kind), "dtype"),
             transformer=transformers_there[0],
@@ -102,6 +110,14 @@ class WanCheckpoint:
             transformer_2=transformers_there[1] if experts else None,
             boundary_ratio=boundary if experts else None,
             expand_timesteps=bool(index.get("expand_timesteps")),
+            image_encoder=transformers.CLIPVisionModel.from_pretrained(
+                path / "image_encoder", dtype=torch.float32, **local
+            ).eval()
+            if looks == {True}
+            else None,
+            image_processor=json.loads((path / "image_processor" / "preprocessor_config.json").read_text())
+            if looks == {True}
+            else {},
             stored=stored,
         )
 
@@ -153,6 +169,47 @@ class Denoiser(nn.Module):
         return velocity
 
 
+class PicturedDenoiser(Denoiser):
+    """The same with a picture: `condition` `[batch, temporal + channels, frames, height, width]`, see
+    `models.pictures`, and `image_hidden_states` `[batch, tokens, dim]` if there is an image encoder."""
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        condition: Tensor,
+        image_hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        seen = () if image_hidden_states is None else (image_hidden_states,)
+        check_same_batch(latents, timestep, encoder_hidden_states, condition, *seen)
+        channels = torch.cat([latents, condition], dim=1)
+        velocity: Tensor = self.transformer(
+            channels, timestep, encoder_hidden_states, image_hidden_states, return_dict=False
+        )[0]
+        return velocity
+
+
+class ImageEncoder(nn.Module):
+    """`pixels` uint8 `[batch, side, side, 3]` to CLIP's `image_hidden_states` `[batch, tokens, dim]`, before its last
+    layer, as `WanImageToVideoPipeline` takes them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, image_encoder: Any, processor: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        for name in ("mean", "std"):
+            values = 255 * torch.tensor(processor[f"image_{name}"])
+            self.register_buffer(name, values.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        values = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
+        states: Tensor = self.image_encoder(values, output_hidden_states=True).hidden_states[-2]
+        return states
+
+
 def check_same_batch(first: Tensor, *others: Tensor) -> None:
     """Each input has its own symbol for the batch; the export must be told that they are one."""
     for other in others:
@@ -160,7 +217,7 @@ def check_same_batch(first: Tensor, *others: Tensor) -> None:
 
 
 class AttentionProcessor:
-    """`WanAttnProcessor` for text-to-video, but rotating with `stack` where that writes in place (ONNX: ScatterND)."""
+    """`WanAttnProcessor`, but rotating with `stack` where that writes in place (ONNX: ScatterND)."""
 
     def __call__(
         self,
@@ -171,12 +228,21 @@ class AttentionProcessor:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        image = None
+        if attn.add_k_proj is not None:
+            tokens = context.shape[1] - TEXT_BESIDE_IMAGE
+            image, context = context[:, :tokens], context[:, tokens:]
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        query = query.transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2))
+        if image is not None:
+            key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            value = attn.add_v_proj(image).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            out = out + F.scaled_dot_product_attention(query, key, value)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2, 3))
         return attn.to_out[1](out)  # type: ignore[no-any-return]
 

@@ -69,7 +69,7 @@ class _Encoder(nn.Module):
 
     def encode(self, frames: Tensor, caches: _EncoderCaches) -> tuple[Tensor, ...]:
         encoder = self.vae.encoder
-        x = frames.to(torch.float32).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
+        x = frames.permute(0, 4, 1, 2, 3) / 127.5 - 1.0
         if self.vae.config.patch_size is not None:
             x = patchify(x, patch_size=self.vae.config.patch_size)
         x = caches.conv(encoder.conv_in, x)
@@ -85,7 +85,7 @@ class _Encoder(nn.Module):
 
 
 class EncoderFirst(_Encoder):
-    """The first of `frames`, uint8 `[batch, 1, H, W, 3]`, to normalised `latents` and the caches."""
+    """The first of `frames`, 0 to 255 in float32 `[batch, 1, H, W, 3]`, to normalised `latents` and the caches."""
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
         return self.encode(frames, _EncoderCaches(None))

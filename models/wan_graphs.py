@@ -1,163 +1,34 @@
-"""The Wan family as export sees it: its graphs, what is dynamic in them, where they are tried, and its pipeline.
-
-Wan 2.1 and 2.2: one transformer, or the two of A14B; a VAE with or without residual shortcuts and 2x2 patches. TI2V-5B
-has one timestep for each token (`expand_timesteps`); its graph takes one for each latent frame, so that a video can
-begin with a picture: a frame that is clean and at timestep 0. The causal VAE streams exactly, see `models.wan`.
-"""
+"""The Wan family's graphs: what is dynamic in each, and where it is tried."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
-import transformers
-from diffusers import WanPipeline
-from diffusers.loaders import WanLoraLoaderMixin
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import Dim
 
-from models.bundle import ExpertsInfo, FamilyName, GraphName, LatentInfo, SamplerInfo
-from models.families import Plan, Take, UnsupportedCheckpointError
+from models.bundle import GraphName
+from models.families import Plan, UnsupportedCheckpointError
 from models.graph import MOST, Feeds, Graph, multiple
-from models.wan import DecoderFirst, DecoderNext, Denoiser, TextEncoder, WanCheckpoint
+from models.wan import (
+    TEXT_BESIDE_IMAGE,
+    DecoderFirst,
+    DecoderNext,
+    Denoiser,
+    ImageEncoder,
+    PicturedDenoiser,
+    TextEncoder,
+    WanCheckpoint,
+)
 from models.wan_causal import CausalDenoiser
-from models.wan_weights import load_weights
 from models.window import ContextWindow
 
 # Latent frames, height and width.
 Size = tuple[int, int, int]
-
-
-class WanFamily:
-    """A `WanPipeline` checkpoint; see `models.families.Family`."""
-
-    name: FamilyName = "wan"
-    lora_loader = WanLoraLoaderMixin
-
-    def __init__(self, checkpoint: WanCheckpoint) -> None:
-        self.checkpoint = checkpoint
-        self.tokenizer, self.scheduler = checkpoint.tokenizer, checkpoint.scheduler
-        self.geometry = Geometry.probe(checkpoint)
-        config = checkpoint.transformer.config
-        if int(config.in_channels) != self.geometry.channels:
-            raise UnsupportedCheckpointError(
-                "The denoiser and the VAE differ in their latent channels: no text-to-video."
-            )
-        self.latent = LatentInfo(
-            channels=self.geometry.channels,
-            spatial=self.geometry.spatial,
-            temporal=self.geometry.temporal,
-            patch=int(config.patch_size[1]),
-        )
-        self.text_dim = int(config.text_dim)
-        self.experts: ExpertsInfo | None = None
-        if checkpoint.boundary_ratio is not None:
-            trained = int(self.scheduler.get("num_train_timesteps", 1000))
-            self.experts = ExpertsInfo(boundary_timestep=checkpoint.boundary_ratio * trained)
-
-    @classmethod
-    def open(cls, path: Path, plan: Plan) -> WanFamily:
-        checkpoint = WanCheckpoint.load(path, lazily=plan.lazily and plan.weights is None)
-        if plan.weights is not None:
-            load_weights(checkpoint.transformer, plan.weights)
-        return cls(checkpoint)
-
-    @property
-    def transformers(self) -> dict[str, Any]:
-        both = {"transformer": self.checkpoint.transformer, "transformer_2": self.checkpoint.transformer_2}
-        return {name: transformer for name, transformer in both.items() if transformer is not None}
-
-    def graphs(self, plan: Plan) -> tuple[Graph, ...]:
-        checkpoint, config = self.checkpoint, self.checkpoint.transformer.config
-        tokens = plan.max_tokens
-
-        def attention(frames: int, height: int, width: int) -> int:
-            sequence = frames * height * width // self.latent.patch**2
-            return 4 * sequence * (2 * int(config.num_attention_heads) * sequence + 64 * self.cache_size()[1])
-
-        def decoding(_: int, height: int, width: int) -> int:
-            cells = sum(
-                c * s * s for c, s in zip(self.geometry.cache_channels, self.geometry.cache_scales, strict=True)
-            )
-            return 4 * height * width * 12 * cells
-
-        largest = plan.largest(self.latent, attention)
-        denoisers: tuple[Graph, ...]
-        if plan.window is None:
-            denoisers = (denoiser(checkpoint, tokens, largest),)
-            if checkpoint.transformer_2 is not None:
-                stored = {"transformer": checkpoint.stored["transformer_2"]} if checkpoint.stored else {}
-                second = replace(checkpoint, transformer=checkpoint.transformer_2, stored=stored)
-                denoisers = (*denoisers, denoiser(second, tokens, largest, "denoiser_2"))
-        elif checkpoint.transformer_2 is not None:
-            raise UnsupportedCheckpointError("A causal rollout over two transformers is not supported.")
-        else:
-            chunk = plan.window.cached_frames + plan.window.chunk_frames
-            limit = plan.largest(self.latent, lambda _, height, width: attention(chunk, height, width))
-            denoisers = (causal_denoiser(checkpoint, plan, plan.window, limit[1:]),)
-        _, height, width = plan.largest(self.latent, decoding)
-        return (
-            text_encoder(checkpoint, tokens),
-            *denoisers,
-            *decoders(checkpoint, self.geometry, (height, width)),
-        )
-
-    def cache_size(self) -> tuple[int, int]:
-        config = self.checkpoint.transformer.config
-        return int(config.num_layers), int(config.num_attention_heads * config.attention_head_dim)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self.checkpoint.vae
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        pixels: Tensor = vae.decode(latents * std + mean).sample
-        return pixels
-
-    def make(self, take: Take) -> NDArray[np.float32]:
-        checkpoint = self.checkpoint
-        pipeline = WanPipeline(
-            tokenizer=transformers.AutoTokenizer.from_pretrained(checkpoint.tokenizer.parent, local_files_only=True),
-            text_encoder=checkpoint.text_encoder,
-            vae=checkpoint.vae,
-            scheduler=_scheduler(self.scheduler, take.sampler),
-            transformer=checkpoint.transformer,
-            transformer_2=checkpoint.transformer_2,
-            boundary_ratio=checkpoint.boundary_ratio,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        frames: NDArray[np.float32] = pipeline(
-            take.prompt,
-            negative_prompt="",
-            width=take.size[0],
-            height=take.size[1],
-            num_frames=take.frames,
-            num_inference_steps=take.steps,
-            guidance_scale=take.guidance_scale,
-            latents=take.noise,
-            max_sequence_length=take.max_tokens,
-            output_type="np",
-        ).frames[0]
-        return frames
-
-
-def _scheduler(config: dict[str, Any], sampler: SamplerInfo) -> Any:
-    """The checkpoint's own, unless `rushes.json` chose another."""
-    euler = sampler.name == "euler"
-    kind = diffusers.FlowMatchEulerDiscreteScheduler if euler else diffusers.UniPCMultistepScheduler
-    shift = {"shift" if euler else "flow_shift": sampler.shift}
-    if config.get("_class_name") == kind.__name__:
-        # What the table doesn't know must show in the proof, so only the shift is put in.
-        return kind.from_config(config | shift)
-    flow = {} if euler else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    return kind(num_train_timesteps=sampler.num_train_timesteps, **flow, **shift)
 
 
 @dataclass(frozen=True)
@@ -212,9 +83,15 @@ def text_encoder(checkpoint: WanCheckpoint, max_tokens: int) -> Graph:
     )
 
 
-def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: GraphName = "denoiser") -> Graph:
+def denoiser(
+    checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: GraphName = "denoiser", *, mask: int = 0
+) -> Graph:
+    """`mask` channels say that a picture is given, and as many as the latents have show it."""
     config = checkpoint.transformer.config
-    dim, channels = int(config.text_dim), int(config.in_channels)
+    dim, channels = int(config.text_dim), int(config.out_channels)
+    clip = checkpoint.image_encoder.config if checkpoint.image_encoder is not None else None
+    if clip is not None and max_tokens != TEXT_BESIDE_IMAGE:
+        raise UnsupportedCheckpointError(f"`max_tokens` must be {TEXT_BESIDE_IMAGE} beside an image encoder.")
     patch_frames, patch_height, patch_width = config.patch_size
     random, by_frame = torch.Generator().manual_seed(2), checkpoint.expand_timesteps
     if by_frame and patch_frames != 1:
@@ -225,32 +102,45 @@ def denoiser(checkpoint: WanCheckpoint, max_tokens: int, largest: Size, name: Gr
         steps = torch.rand((batch, size[0]) if by_frame else (batch,), generator=random) * 1000
         if by_frame:
             steps[::2, 0] = 0.0  # as when the first frame is given
-        return {
+        given = {
             "latents": torch.randn(batch, channels, *size, generator=random),
             "timestep": steps,
             "encoder_hidden_states": torch.randn(batch, tokens, dim, generator=random),
         }
+        if mask:
+            given["condition"] = torch.randn(batch, mask + channels, *size, generator=random)
+        if clip is not None:
+            seen = (batch, 1 + (clip.image_size // clip.patch_size) ** 2, clip.hidden_size)
+            given["image_hidden_states"] = torch.randn(seen, generator=random)
+        return given
 
     batch, longest = Dim("batch", min=1, max=1024), int(config.rope_max_seq_len)
     most_frames, most_rows, most_columns = (
         min(math.ceil(size / patch), longest) for size, patch in zip(largest, config.patch_size, strict=True)
     )
     frames = multiple(patch_frames, "frames", longest)
+    cells = {
+        0: batch,
+        2: frames,
+        3: multiple(patch_height, "rows", longest),
+        4: multiple(patch_width, "columns", longest),
+    }
+    kind = PicturedDenoiser if mask else Denoiser
+    shapes: dict[str, Any] = {
+        "latents": cells,
+        "timestep": {0: batch, 1: frames} if by_frame else {0: batch},
+        # Beside an image it has one length, by which the two are told apart.
+        "encoder_hidden_states": {0: batch} if clip else {0: batch, 1: Dim("tokens", min=1, max=MOST)},
+        "condition": cells,
+        "image_hidden_states": {0: batch},
+    }
+    example = feeds(2, 3, 3, 2, max_tokens if clip else min(8, max_tokens))
     return Graph(
         name=name,
-        module=(module := Denoiser(checkpoint.transformer, by_frame=by_frame)),
-        example=feeds(2, 3, 3, 2, min(8, max_tokens)),
+        module=(module := kind(checkpoint.transformer, by_frame=by_frame)),
+        example=example,
         outputs=("velocity",),
-        dynamic_shapes={
-            "latents": {
-                0: batch,
-                2: frames,
-                3: multiple(patch_height, "rows", longest),
-                4: multiple(patch_width, "columns", longest),
-            },
-            "timestep": {0: batch, 1: frames} if by_frame else {0: batch},
-            "encoder_hidden_states": {0: batch, 1: Dim("tokens", min=1, max=MOST)},
-        },
+        dynamic_shapes={name: shapes[name] for name in example},
         weights=f"{name}.weights",
         cases=(
             feeds(1, 1, 2, 2, max_tokens),
@@ -363,3 +253,21 @@ def decoders(checkpoint: WanCheckpoint, geometry: Geometry, largest: tuple[int, 
         cases=tuple(cached(*shape) for shape in [(1, 1, 4, 4), (3, 2, 2, 5), (1, 4, 1, 3), (1, 1, *largest)]),
     )
     return first, following
+
+
+def image_encoder(checkpoint: WanCheckpoint, side: int) -> Graph:
+    """CLIP's tokens of a picture."""
+    random = torch.Generator().manual_seed(4)
+
+    def feeds(batch: int) -> Feeds:
+        return {"pixels": torch.randint(0, 256, (batch, side, side, 3), generator=random, dtype=torch.uint8)}
+
+    return Graph(
+        name="image_encoder",
+        module=ImageEncoder(checkpoint.image_encoder, checkpoint.image_processor),
+        example=feeds(2),
+        outputs=("image_hidden_states",),
+        dynamic_shapes={"pixels": {0: Dim("batch", min=1, max=1024)}},
+        weights="image_encoder.weights",
+        cases=(feeds(1), feeds(3)),
+    )

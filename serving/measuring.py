@@ -20,7 +20,7 @@ from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.request import make_spec
 from serving.pipeline.sessions import open_session
-from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding, VideoSpec
+from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk, TextEmbedding, VideoSpec
 
 # The shortest of so many: whatever else runs on the machine only ever makes a call longer.
 _TIMES = 3
@@ -84,7 +84,10 @@ def _specs(manifest: Manifest) -> Iterator[VideoSpec]:
 
 def _call(manifest: Manifest, engine: Engine, spec: VideoSpec, rows: int, clock: Clock) -> CallSample:
     text = TextEmbedding(np.zeros((manifest.text.max_tokens, manifest.text.dim), np.float32))
-    session = open_session(manifest, DenoiseRequest("measured", spec, text, None))
+    seen = manifest.shape_of("denoiser", "image_hidden_states")
+    states = None if seen is None else np.zeros([int(size) for size in seen[1:]], np.float32)
+    source = EncodedSource(np.zeros(latent_shape(manifest, spec), np.float32), states) if manifest.pictured else None
+    session = open_session(manifest, DenoiseRequest("measured", spec, text, None, source=source))
     feeds = {name: np.repeat(value, rows, axis=0) for name, value in session.feeds().items()}
     seconds = min(_timed(lambda: engine.run(feeds), clock) for _ in range(1 + _TIMES))
     return CallSample(rows=rows, tokens=session.tokens_per_row, seconds=seconds)

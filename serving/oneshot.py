@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,8 +19,22 @@ from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import Fragment, StepDone, VideoSpec
 
 
-async def generate_file(bundle: Bundle, spec: VideoSpec, output: Path, console: Console) -> None:
-    """Write `output`, whole or not at all; the same bytes as the service's for the same spec."""
+async def generate_file(
+    bundle: Bundle, spec: VideoSpec, output: Path, console: Console, picture: Path | None = None
+) -> None:
+    """Write `output`, whole or not at all; the same bytes as the service's for the same spec and `picture`.
+
+    Raises `BundleError` for a model that can't begin with one, or needs one, and `OSError` for a file that is none.
+    """
+    manifest = bundle.manifest
+    if picture is not None and not manifest.encodes:
+        raise BundleError(f"{manifest.name} has no encoder for frames, so it can't begin with a picture.")
+    if picture is None and manifest.pictured:
+        raise BundleError(f"{manifest.name} makes videos of a picture: give one.")
+    source = None
+    if picture is not None:
+        frames = read_frames(picture, fps=manifest.fps, width=spec.width, height=spec.height)
+        source, spec = next(frames)[None], replace(spec, source=picture.name, source_frames=1)
     _, latent_frames, _, _ = latent_shape(bundle.manifest, spec)
     chunks = len(bundle.manifest.chunks(latent_frames))
     columns = (TextColumn("{task.description:7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -39,7 +54,7 @@ async def generate_file(bundle: Bundle, spec: VideoSpec, output: Path, console: 
             spec = await pipeline.revise(spec)
             if spec.revised_prompt is not None:
                 console.print(f"revised prompt: {spec.revised_prompt}", markup=False)
-            await pipeline.generate(spec, sink, on_progress)
+            await pipeline.generate(spec, sink, on_progress, source=source)
     remux_to_mp4(made[0].init, (fragment.data for fragment in made), output)
 
 

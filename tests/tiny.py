@@ -19,11 +19,21 @@ from diffusers import (
     LTXPipeline,
     LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from models.mini.captioner import Captioner
 from models.mini.rewriter import Rewriter
@@ -105,6 +115,49 @@ def build_tiny_checkpoint(path: Path, *, causal: bool = False, experts: bool = F
     tiny_rewriter().save(path / "rewriter")
     tiny_captioner().save(path / "captioner")
     settings = SETTINGS | (CAUSAL_SETTINGS if causal else {})
+    (path / "rushes.json").write_text(json.dumps(settings))
+
+
+PICTURED_SETTINGS = SETTINGS | {
+    "name": "tiny-pictured",
+    # By which text and image are told apart.
+    "max_tokens": 512,
+    "limits": {
+        "default_size": [64, 64],
+        "min_side": 64,
+        "max_side": 96,
+        "size_multiple": 16,
+        "default_seconds": 1,
+        "max_seconds": 1,
+    },
+}
+
+
+def build_tiny_pictured(path: Path, *, experts: bool = False) -> None:
+    """Write a `WanImageToVideoPipeline` directory: as Wan 2.1, with CLIP, or with the `experts` of A14B and without."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    clip: dict[str, Any] = {} if experts else {"image_dim": TEXT_DIM, "added_kv_proj_dim": 24}
+    # In this order, so that they have the weights that the experts' checkpoint has.
+    text_encoder, vae = tiny_text_encoder(tokenizer.get_vocab_size()), tiny_vae(residual=False, smaller=8)
+    # Latents, the mask of their four frames each, and the picture's latents.
+    transformers = [tiny_transformer(in_channels=2 * CHANNELS + 4, **clip) for _ in range(1 + experts)]
+    WanImageToVideoPipeline(
+        tokenizer=wrapped(tokenizer),
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformers[0],
+        transformer_2=transformers[1] if experts else None,
+        boundary_ratio=BOUNDARY_RATIO if experts else None,
+        image_encoder=None if experts else tiny_image_encoder(),
+        image_processor=None
+        if experts
+        else CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+    ).save_pretrained(path)
+    settings = PICTURED_SETTINGS | ({"max_tokens": MAX_TOKENS} if experts else {})
     (path / "rushes.json").write_text(json.dumps(settings))
 
 
@@ -318,13 +371,26 @@ def tiny_text_encoder(vocabulary: int) -> Any:
     ).eval()
 
 
-def tiny_transformer(layers: int = 1) -> Any:
+def tiny_image_encoder() -> Any:
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=TEXT_DIM,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    ).eval()
+
+
+def tiny_transformer(layers: int = 1, in_channels: int = CHANNELS, **config: Any) -> Any:
     return _louder(
         WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,
             attention_head_dim=12,
-            in_channels=CHANNELS,
+            in_channels=in_channels,
             out_channels=CHANNELS,
             text_dim=TEXT_DIM,
             freq_dim=32,
@@ -333,6 +399,7 @@ def tiny_transformer(layers: int = 1) -> Any:
             cross_attn_norm=True,
             qk_norm="rms_norm_across_heads",
             rope_max_seq_len=64,
+            **config,
         )
     )
 

@@ -201,6 +201,14 @@ def check_encodes(manifest: Manifest, param: str) -> None:
         raise ApiError(400, message, param=param, code="unsupported_by_model")
 
 
+def check_goes_on(manifest: Manifest, param: str) -> None:
+    """Raises `ApiError` for a model that can't begin from a video."""
+    check_encodes(manifest, param)
+    if manifest.pictured:
+        message = f"{param} is not supported by this model: it makes videos of one picture (input_reference)."
+        raise ApiError(400, message, param=param, code="unsupported_by_model")
+
+
 def as_object(value: Any, param: str) -> dict[str, Any]:
     """A JSON object, which in a form may be text. Raises `ApiError`."""
     if isinstance(value, str):

@@ -53,9 +53,16 @@ def new_video(
     *,
     owner: str | None,
     priority: int = INTERACTIVE,
+    begins: bool = False,
 ) -> Video:
-    """Raises `ApiError`, which names the parameter; nothing is written before everything is checked."""
+    """Raises `ApiError`, which names the parameter; nothing is written before everything is checked.
+
+    `begins` says that the video is going to begin from something.
+    """
     model, manifest = catalog.resolve(body.model)
+    if manifest.pictured and not begins:
+        message = f"Missing required parameter: input_reference. {model} makes videos of a picture."
+        raise ApiError(400, message, param="input_reference", code="missing_required_parameter")
     spec = new_spec(body, catalog)
     return Video(
         id=new_video_id(),

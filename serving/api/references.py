@@ -7,7 +7,7 @@ from starlette.datastructures import UploadFile
 
 from models.bundle import Manifest
 from serving.api.auth import Owner
-from serving.api.beginnings import DEFAULT_STRENGTH, Beginnings, as_object, check_encodes
+from serving.api.beginnings import DEFAULT_STRENGTH, Beginnings, as_object, check_goes_on
 from serving.api.body import opened_body
 from serving.api.creation import WebhookPolicy, new_video
 from serving.api.document import body_document
@@ -113,7 +113,7 @@ def references_router(
                 raise ApiError(400, message, param=name, code="invalid_value")
         request = source.request
         model, manifest = catalog.resolve(source.model)
-        check_encodes(manifest, param)
+        check_goes_on(manifest, param)
         asked = CreateVideoRequest(
             prompt=body.prompt,
             model=model,
@@ -136,7 +136,7 @@ def references_router(
 
     def uploaded(body: EditVideoRequest, owner: str | None) -> tuple[Video, Manifest]:
         model, manifest = catalog.resolve(body.model)
-        check_encodes(manifest, "video")
+        check_goes_on(manifest, "video")
         asked = CreateVideoRequest(
             prompt=body.prompt,
             model=model,

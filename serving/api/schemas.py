@@ -282,6 +282,7 @@ class ModelObject(BaseModel):
     realtime: bool = Field(description="Whether there may be interactive sessions on it, at `/v1/realtime`.")
     limits: ModelLimits
     loras: list[str] = Field(description="What `lora` may name.")
+    needs_picture: bool = Field(description="Whether it makes videos of an `input_reference` alone.")
 
 
 class ModelList(BaseModel):
@@ -310,6 +311,7 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
             max_prompt_characters=limits.max_prompt_characters,
         ),
         loras=[lora.name for lora in manifest.loras],
+        needs_picture=manifest.pictured,
     )
 
 

@@ -54,7 +54,8 @@ def videos_router(
             asked = values if isinstance(values, dict) else {}
             reference, characters = asked.pop("input_reference", None), asked.pop("characters", None)
             body = parse_create(values, form=form)
-            video, source = new_video(body, catalog, webhooks, owner=owner), ""
+            begins = reference is not None or characters is not None
+            video, source = new_video(body, catalog, webhooks, owner=owner, begins=begins), ""
             manifest = catalog.resolve(body.model)[1]
             if reference is not None and characters is not None:
                 message = "characters can't be used together with input_reference: a video begins with one picture."

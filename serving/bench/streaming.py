@@ -31,6 +31,7 @@ STARTUP_SECONDS = 1.0
 SECONDS, SHORT_SECONDS, LONG_SECONDS = 8, 2, 60
 MOST_VIEWERS = 16
 _BATCH_LINES = 64
+_BESIDE_BATCH = 0.75
 
 
 async def one_viewer(bench: Bench) -> list[Measured]:
@@ -78,9 +79,13 @@ async def viewers(bench: Bench, guess: float) -> tuple[list[Measured], int]:
 
 
 async def beside_batch(bench: Bench, count: int) -> list[Measured]:
-    """So many streams without and with a batch of the same model in the queue, by turns."""
+    """Three quarters of `count` streams without and with a batch of the same model in the queue, by turns.
+
+    As many as there can be at all would leave nothing over for the batch, and none of them a moment to spare.
+    """
     if not count:
         return [Measured(BESIDE_BATCH, None, "not even one stream is kept without batch jobs")]
+    count, most = max(1, int(_BESIDE_BATCH * count)), count
     ratios = []
     async with bench.target() as target:
         for number in range(min(bench.rounds, 2)):
@@ -93,7 +98,7 @@ async def beside_batch(bench: Bench, count: int) -> list[Measured]:
                 ratios.append(beside / alone)
     if not ratios:
         return [Measured(BESIDE_BATCH, None, "no stream was kept without batch jobs")]
-    return [Measured(BESIDE_BATCH, Spread.of(ratios), f"{count} streams, batch jobs of the same model")]
+    return [Measured(BESIDE_BATCH, Spread.of(ratios), f"{count} streams of {most}, batch jobs of the same model")]
 
 
 async def clip_length(bench: Bench) -> list[Measured]:

@@ -145,7 +145,7 @@ class _Run:
     def measure_causal(self, url: str) -> None:
         if self.options.causal is None:
             needing = (FIRST_CHUNK, REAL_TIME, CHUNK_OVERHEAD, VIEWERS, BESIDE_BATCH, CLIP_LENGTH)
-            self._left_out("no causal bundle was given", *needing)
+            self._left_out("it needs a causal bundle, and none was given", *needing)
             return
         bench = self._bench(url, self.options.causal)
         factor = 1.0
@@ -165,7 +165,7 @@ class _Run:
     def measure_peers(self, url: str) -> None:
         needing = (PEER_EAGER, PEER_BEST, MIXED)
         if self.options.checkpoint is None:
-            self._left_out("no checkpoint was given", *needing)
+            self._left_out("without a checkpoint there is nothing to run diffusers on", *needing)
             return
         if why := peers.why_not():
             self._left_out(why, *needing)

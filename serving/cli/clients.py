@@ -14,9 +14,7 @@ def submit(
     requests: Annotated[Path, typer.Argument(help="A JSON object a line, as OpenAI's batches have them.", exists=True)],
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and save the answers.")] = False,
     url: Url = DEFAULT_URL,
-    api_key: Annotated[
-        str, typer.Option(envvar="RUSHES_API_KEY", show_envvar=True, help="Where the service wants one.")
-    ] = "unused",
+    api_key: ApiKey = None,
     window: Annotated[str, typer.Option(help="What isn't made within so many hours isn't made.")] = "24h",
     output: Annotated[
         Path | None,
@@ -28,31 +26,28 @@ def submit(
     With --wait, prints where the answers are instead. Requests that failed are in a file beside them, and make the exit
     code 1.
     """
-    import httpx
-
-    from serving import submission
+    from serving.client import Rushes
+    from serving.submission import wait as until_ended
 
     answers = output or requests.with_suffix(".out.jsonl")
     with said_in_one_line():
         if wait:
             output_file(answers)
-        try:
-            with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {api_key}"}) as client:
-                batch = submission.submit(client, requests, window)
-                if not wait:
-                    print(batch["id"])
-                    return
-                console.print(f"{batch['id']} goes on, whether anybody waits or not")
-                batch = submission.wait(client, batch, console)
-                for file_id, path in (
-                    (batch["output_file_id"], answers),
-                    (batch["error_file_id"], answers.with_suffix(".errors.jsonl")),
-                ):
-                    if file_id:
-                        submission.download(client, file_id, path)
-                        print(path)
-        except httpx.TransportError as error:
-            raise OSError(f"{url} can't be reached: {error}") from None
+        with Rushes(url, api_key, retry_seconds=0) as client:
+            batch = client.create_batch(requests, completion_window=window)
+        if not wait:
+            print(batch["id"])
+            return
+        with Rushes(url, api_key) as client:  # it may take a day, and the service be restarted meanwhile
+            console.print(f"{batch['id']} goes on, whether anybody waits or not")
+            batch = until_ended(client, batch, console)
+            for file_id, path in (
+                (batch["output_file_id"], answers),
+                (batch["error_file_id"], answers.with_suffix(".errors.jsonl")),
+            ):
+                if file_id:
+                    client.save_file(file_id, path)
+                    print(path)
     counts = batch["request_counts"]
     if counts["completed"] < counts["total"]:
         fail(f"{counts['total'] - counts['completed']} of {counts['total']} were not made", FAILED)

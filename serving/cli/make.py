@@ -37,6 +37,7 @@ def generate(
         typer.Option("--rewrite/--no-rewrite", help="Make a detailed prompt of a loose one; on if the model can."),
     ] = None,
     best_of: Annotated[int | None, typer.Option(help="Make so many and keep the one nearest to the prompt.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A picture that the video begins with.")] = None,
     cache: Annotated[
         str | None, typer.Option(help="fast or faster: ask the model in fewer of the steps, at some cost in quality.")
     ] = None,
@@ -77,7 +78,7 @@ def generate(
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)
-        asyncio.run(generate_file(loaded, spec, output, console))
+        asyncio.run(generate_file(loaded, spec, output, console, picture))
         console.print(f"seed {spec.seed}")
         print(output)
 

@@ -63,6 +63,9 @@ class Rushes:
     def save(self, video_id: str, path: Path, variant: Variant = "video") -> None:
         self._portal.call(self._client.save, video_id, path, variant)
 
+    def save_file(self, file_id: str, path: Path) -> None:
+        self._portal.call(self._client.save_file, file_id, path)
+
     def create_batch(
         self, requests: Iterable[Mapping[str, Any]] | Path, *, completion_window: str = "24h"
     ) -> dict[str, Any]:

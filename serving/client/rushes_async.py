@@ -145,11 +145,16 @@ class AsyncRushes:
 
     async def save(self, video_id: str, path: Path, variant: Variant = "video") -> None:
         """Write a completed video, or a picture of it, to `path`: whole or not at all."""
+        await self._save(f"/v1/videos/{video_id}/content", path, variant=variant)
+
+    async def save_file(self, file_id: str, path: Path) -> None:
+        """The same of a file, such as a batch's `output_file_id`."""
+        await self._save(f"/v1/files/{file_id}/content", path)
+
+    async def _save(self, source: str, path: Path, **params: str) -> None:
         partial = path.with_name(f".{path.name}.partial")
         try:
-            async with self._http.stream(
-                "GET", f"/v1/videos/{video_id}/content", params={"variant": variant}
-            ) as response:
+            async with self._http.stream("GET", source, params=params) as response:
                 await self._check(response)
                 with partial.open("wb") as file:
                     async for piece in response.aiter_bytes():

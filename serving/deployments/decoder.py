@@ -17,7 +17,7 @@ from serving.logs import about
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.pace import StageState
-from serving.pipeline.stages import Fragment, LatentChunk, VideoSpec
+from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec
 from serving.tracing import NOWHERE, Carrier, span
 
 
@@ -56,8 +56,8 @@ class DecoderDeployment:
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)
 
-    async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    async def encode_source(self, frames: NDArray[np.uint8], video_frames: int) -> EncodedSource:
         """Raises `ValueError` when the bundle, changed since it was asked, can't encode."""
         if self._encoder is None:
             raise ValueError("this model can't encode frames any more")
-        return await self._encoder.encode_frames(frames)
+        return await self._encoder.encode_source(frames, video_frames)

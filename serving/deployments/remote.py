@@ -15,12 +15,14 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import RayServeException
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from serving.deployments.attempt import Stages
 from serving.pipeline.stages import (
     DenoiseEvent,
     DenoiseRequest,
+    EncodedSource,
     Fragment,
     LatentChunk,
     LostSession,
@@ -101,8 +103,8 @@ class RemoteDenoiser:
         """Every replica is told: nobody but the one that has it knows which that is."""
         try:
             return any(await self._handle.broadcast("steer", video_id, steering).results_async())
-        except _GONE:
-            return False  # if it was this video's, its stream says so
+        except (*_GONE, RayServeException):
+            return False  # that replica has died, or all have: if it was this video's, its stream says so
 
 
 class RemoteDecoder:
@@ -129,9 +131,9 @@ class RemoteDecoder:
             return
 
     @_ask_another
-    async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        latents: NDArray[np.float32] = await self._handle.encode_frames.remote(frames)
-        return latents
+    async def encode_source(self, frames: NDArray[np.uint8], video_frames: int) -> EncodedSource:
+        source: EncodedSource = await self._handle.encode_source.remote(frames, video_frames)
+        return source
 
     async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
         try:

@@ -34,9 +34,10 @@ _SHAPE_OPS = {
 class OnnxRuntimeEngine:
     """One ONNX file on one execution provider.
 
-    `threads` is the number of threads that one call computes with (its results don't depend on it). `outputs` names the
-    outputs to compute and fetch; all of them when left out. `context_dir` is where TensorRT's provider keeps the engine
-    that it builds (an EP-context file), which takes minutes; without it every start builds again.
+    `threads` is the number of threads that one call computes with: a transformer's results don't depend on it, but the
+    last bits of a convolution may. `outputs` names the outputs to compute and fetch; all of them when left out.
+    `context_dir` is where TensorRT's provider keeps the engine that it builds (an EP-context file), which takes
+    minutes; without it every start builds again.
 
     Raises `EngineError` when the file can't be loaded, when the provider asked for isn't the one in use or leaves work
     to the CPU, and for names that the graph doesn't have.

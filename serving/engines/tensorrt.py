@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from models.plans import Profile, Range, fitting_profile
+from models.plans import Profile, Range, fitting_profile, open_log
 from serving.engines.cuda import Cuda, SharedMemory
 from serving.engines.engine import Array, Arrays, EngineError, Inputs, check_feeds
 
@@ -71,7 +71,7 @@ class TensorRTEngine:
     ) -> None:
         self._name = name or plan.name
         self._trt, self._cuda = runtime, cuda
-        self._log = _log(runtime)
+        self._log = open_log(runtime)
         self._runtime = runtime.Runtime(self._log)  # must outlive the engine
         self._engine = self._load(plan)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -273,18 +273,3 @@ class TensorRTEngine:
         """A plan with weights that may stay on the host: as many on the device as it has room for. Before contexts."""
         if self._engine.streamable_weights_size:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
-
-
-def _log(runtime: ModuleType) -> Any:
-    class Log(runtime.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps the last error: TensorRT's calls only say that there was one."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = "no reason was given"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (runtime.ILogger.Severity.ERROR, runtime.ILogger.Severity.INTERNAL_ERROR):
-                self.last = " ".join(message.split())
-
-    return Log()

@@ -18,6 +18,7 @@ from serving.pipeline.stages import (
     Decoder,
     Denoiser,
     DenoiseRequest,
+    EncodedSource,
     Fragment,
     FrameEncoder,
     LatentChunk,
@@ -279,11 +280,11 @@ class _Generation:
             source=await self._encode_source() if spec.source is not None else None,
         )
 
-    async def _encode_source(self) -> NDArray[np.float32]:
+    async def _encode_source(self) -> EncodedSource:
         if self._encoder is None or self._source is None:
             missing = "encoder for its frames" if self._encoder is None else "frames of it"
             raise ValueError(f"{self._video_id} begins from another video or a picture, but there is no {missing}")
-        return await self._encoder.encode_frames(self._source)
+        return await self._encoder.encode_source(self._source, self._spec.frames)
 
     async def _decode(self, chunk: LatentChunk, previous: asyncio.Task[Fragment | None] | None) -> Fragment | None:
         """Decode a chunk; when the session is lost, first decode the chunks before it again (exact, so dropped).

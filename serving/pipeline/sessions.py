@@ -9,24 +9,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import GraphName, Manifest
-from models.samplers import SamplerTable, advance
+from models.samplers import advance
 from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
 from serving.pipeline.shortcuts import guided_steps, reused_steps
+from serving.pipeline.sources import Held, Source, seen_picture
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, SamplerState
 
 Floats = NDArray[np.float32]
-
-# How far from its last given frame, standing still, what a model makes begins that sees no frame without noise: after a
-# picture, and after a moving one. At full noise it would settle where things are without having seen where they were.
-# With the bundled model a ball that was moving jumps and leaves a ghost at 1, a bit at 0.8, and rolls on at 0.65;
-# a cube in a picture loses its shape at 1, and bounces less at 0.65 than at 0.8.
-PICTURE_STRENGTH, GOES_ON_STRENGTH = 0.8, 0.65
 
 
 def open_session(manifest: Manifest, request: DenoiseRequest, arrays: Arrays = HOST) -> Session:
@@ -51,7 +47,9 @@ class Session(ABC):
         self._latent_shape = latent_shape(manifest, spec)
         tokens = math.prod(self._latent_shape[1:]) // self._patch**2
         clean = manifest.rollout == "causal" or manifest.timesteps_by_frame
-        self._source = _Source(request, self._latent_shape, clean=clean)
+        self._seen = seen_picture(manifest, request, self._latent_shape)
+        # A picture that is seen as channels is not put into the latents as well.
+        self._source = Source(replace(request, source=None) if self._seen else request, self._latent_shape, clean=clean)
         skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
         self._guided = guided_steps(spec.num_inference_steps, spec.guidance_interval)[skipped:]
@@ -116,7 +114,7 @@ class Session(ABC):
         """Engine calls that the sampler's steps before this one take."""
         return step - sum(self._reused[:step])
 
-    def _advance(self, step: int, state: Floats, velocity: Array, noise: _Noise, held: _Held) -> tuple[Floats, int]:
+    def _advance(self, step: int, state: Floats, velocity: Array, noise: _Noise, held: Held) -> tuple[Floats, int]:
         """The state after a step of one or, when guided, two rows, and after those that make do with its velocity; and
         the step that is next."""
         table = self._table
@@ -194,6 +192,7 @@ class BidirectionalSession(Session):
             "latents": np.repeat(self._state[:1], self.rows, axis=0),
             "timestep": self._timesteps(),
             "encoder_hidden_states": self._text[: self.rows],
+            **{name: np.repeat(value[None], self.rows, axis=0) for name, value in self._seen.items()},
             **self._loras(),
         }
 
@@ -336,73 +335,6 @@ class _Noise:
     def draw(self, shape: tuple[int, ...], *name: int) -> Floats:
         sequence = np.random.SeedSequence(self._seed, spawn_key=(*self._stream, *name))
         return np.random.Generator(np.random.Philox(sequence)).standard_normal(shape, dtype=np.float32)
-
-
-class _Source:
-    """The latents that a request begins from: its own first frames, a draft of all of them, or none."""
-
-    def __init__(self, request: DenoiseRequest, shape: tuple[int, int, int, int], *, clean: bool) -> None:
-        """`clean` says that the model sees what is given as it is, without noise.
-
-        Raises `ValueError` for latents that don't fit the video's.
-        """
-        self._latents, self._draft = request.source, request.spec.strength is not None
-        self._goes_on = False
-        self.frames = 0
-        self.strength = 1.0 if request.spec.strength is None else request.spec.strength
-        if self._latents is None:
-            return
-        channels, frames, *sides = shape
-        given = self._latents.shape
-        if (given[0], *given[2:]) != (channels, *sides):
-            raise ValueError(f"{request.video_id}: the source's latents are {given}, the video's {shape}")
-        if self._draft and given[1] != frames:
-            raise ValueError(f"{request.video_id}: a draft has {given[1]} latent frames, the video {frames}")
-        if not self._draft and given[1] >= frames:
-            raise ValueError(f"{request.video_id}: {given[1]} latent frames are given, so none is left to make")
-        self.frames = 0 if self._draft else given[1]
-        self._goes_on = self.frames > 0 and not clean
-        if self._goes_on:
-            self.strength = GOES_ON_STRENGTH if self.frames > 1 else PICTURE_STRENGTH
-
-    def within(self, first: int, noise: Floats, *, clean: bool = False) -> _Held:
-        """What of it lies in the frames that `noise` is for, which begin with the latent frame `first`.
-
-        `clean`: frames that are given have no noise at any step, as a model knows them that was trained with pictures.
-        """
-        if self._latents is None:
-            return _Held(None, None, noise)
-        part = self._latents[:, first : first + noise.shape[1]]
-        if self._draft:
-            return _Held(None, part, noise)
-        still = np.repeat(part[:, -1:], noise.shape[1] - part.shape[1], axis=1) if self._goes_on else None
-        return _Held(part, None if still is None else np.concatenate([part, still], axis=1), noise, clean=clean)
-
-
-class _Held:
-    """What a run of frames begins from. Frames that are given are put back after every step, at its noise level
-    (the known region of RePaint, arXiv 2201.09865, without its resampling); a draft only begins there (SDEdit,
-    arXiv 2108.01073)."""
-
-    def __init__(self, kept: Floats | None, draft: Floats | None, noise: Floats, *, clean: bool = False) -> None:
-        self._kept, self._draft, self._clean = kept, draft, clean
-        self.frames = 0 if kept is None else kept.shape[1]
-        self._noise = noise[:, : self.frames].copy()
-        self.whole = kept is not None and self.frames == noise.shape[1]
-
-    def begin(self, table: SamplerTable, noise: Floats) -> Floats:
-        """The sampler's first state float32 `[1 + history, …]`, with an empty history."""
-        state = np.zeros((1 + table.history, *noise.shape), np.float32)
-        sigma = table.sigmas[0]
-        state[0] = noise if self._draft is None else (1 - sigma) * self._draft + sigma * noise
-        self.put(state, float(sigma))
-        return state
-
-    def put(self, state: Floats, sigma: float) -> None:
-        """Put what is given back into a state at this noise level."""
-        if self._kept is not None:
-            level = np.float32(0 if self._clean else sigma)
-            state[0, :, : self.frames] = (1 - level) * self._kept + level * self._noise
 
 
 def _scales_of(manifest: Manifest, request: DenoiseRequest) -> Floats:

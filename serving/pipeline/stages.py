@@ -82,12 +82,23 @@ class Steering:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedSource:
+    """What a video begins from, as the denoiser takes it: normalised latents float32 `[channels, frames, height,
+    width]`, and `hidden_states` `[tokens, dim]` where the model has an image encoder.
+
+    The latents are those of the given frames; or for a model that takes a picture as channels, of a whole video that
+    shows it and then grey (`models.pictures`)."""
+
+    latents: NDArray[np.float32]
+    hidden_states: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DenoiseRequest:
     """One video for the denoiser; `unconditional` is used when `spec.guidance_scale > 1`.
 
     `scenes` are `spec.scene_prompts`, encoded: from a time on another embedding stands in for `conditional`, while the
-    cached context is kept. `source` is what `spec.source` is as normalised latents float32 `[channels, frames, height,
-    width]`.
+    cached context is kept. `source` is `spec.source`, encoded.
 
     `begun` is what is finished already and need not be made or reported again. Every `state_every` steps a
     bidirectional video reports its sampler's state; 0 means never. Somebody may be watching an `interactive` one: its
@@ -103,7 +114,7 @@ class DenoiseRequest:
     conditional: TextEmbedding
     unconditional: TextEmbedding | None
     scenes: tuple[tuple[float, TextEmbedding], ...] = ()
-    source: NDArray[np.float32] | None = None
+    source: EncodedSource | None = None
     begun: Checkpoint = NOTHING
     state_every: int = 0
     interactive: bool = True
@@ -163,8 +174,8 @@ class TextEncoder(Protocol):
 
 
 class FrameEncoder(Protocol):
-    async def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Normalised latents `[channels, n, h, w]` of frames `[frames, height, width, 3]`; incomplete groups of the
+    async def encode_source(self, frames: NDArray[np.uint8], video_frames: int) -> EncodedSource:
+        """What a video of so many frames begins from, given as `[frames, height, width, 3]`; incomplete groups of the
         model's temporal factor after the first frame are left out."""
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 from postgres import Cluster
 from standardwebhooks import Webhook
 from supervised import PROCESSES, SupervisedService
-from viewers import VICTIMS, watched
+from viewers import VICTIMS, steered, watched
 
 from models.bundle import Bundle
 from serving.deployments.local import free_port
@@ -240,6 +240,12 @@ def test_every_video_ends_completed_once_and_the_same_whatever_dies(
             assert watched(service, long, victim) == expected_fragments, victim
             print(f"watched on while the {victim} died: {time.monotonic() - began:.1f} s", flush=True)
 
+        # And whoever steers one goes on with it: to the same bytes, while what the model remembers reaches back so far.
+        undisturbed_session = steered(service, "tiny-causal", {}, 8)
+        began = time.monotonic()
+        assert steered(service, "tiny-causal", {0: "denoiser", 4: "decoder"}, 8) == undisturbed_session
+        print(f"steered on while denoiser and decoder died: {time.monotonic() - began:.1f} s", flush=True)
+
         faults = Faults(service, postgres_cluster, bucket, chance)
         ids: list[str] = []
         for number in range(ROUNDS):
@@ -273,7 +279,7 @@ def test_every_video_ends_completed_once_and_the_same_whatever_dies(
             assert [entry.first_frame for entry in entries][1:] == [e.first_frame + e.frames for e in entries][:-1]
             assert entries[-1].first_frame + entries[-1].frames == record.request["frames"]
         print("attempts:", dict(Counter(fences)))
-        assert max(fences) > 1, "no attempt was disturbed"
+        assert max(fences) > 1 or not ROUNDS, "no attempt was disturbed"
         store.dispose()
         until(lambda: all(len(receiver.events.get(video_id, ())) >= 1 for video_id in ids))
         for video_id in ids:

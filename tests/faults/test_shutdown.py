@@ -1,9 +1,12 @@
-"""How `rushes serve` ends: what becomes of the videos in hand, and that nothing of it is left."""
+"""How `rushes serve` ends, and how it is told to reload: what becomes of the videos in hand, and what is left of it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +29,13 @@ def until(look: Any) -> Any:
     while not (seen := look()):
         time.sleep(0.1)
     return seen
+
+
+def reloaded(config: Path) -> tuple[int, str]:
+    """The exit status and the output of `rushes reload`, in a process of its own."""
+    command = [sys.executable, "-c", "from serving.cli import main; main()", "reload", "--config", str(config)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
 
 
 def test_one_signal_finishes_the_videos_in_hand_and_two_hand_them_back(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -55,6 +65,17 @@ def test_one_signal_finishes_the_videos_in_hand_and_two_hand_them_back(tiny_bund
         until(lambda: (tmp_path / "serve.log").read_text().count("Ctrl-C stops it") == 2)
         until(lambda: state(video_id).status is not VideoStatus.QUEUED)
         assert state(video_id).progress >= handed_back.progress
+        file, both = tmp_path / "config.json", {"tiny": tiny_bundle.root, "added": tiny_bundle.root}
+        file.write_text(json.dumps(config | {"models": both}, default=str))
+        assert reloaded(file) == (0, "loaded added\n")
+        file.write_text(json.dumps(config | {"models": both | {"bad": tmp_path / "nowhere"}}, default=str))
+        status, said = reloaded(file)
+        assert status != 0
+        assert "the service refused, and serves what it did" in " ".join(said.split())
+        models = httpx.get(f"{service.url}/v1/models", timeout=60).json()["data"]
+        assert [model["id"] for model in models] == ["tiny", "added"]
+        asked = {"prompt": "a cube", "model": "added", "seconds": 1, "num_inference_steps": 1, "stream": True}
+        assert len(httpx.post(f"{service.url}/v1/videos", json=asked, timeout=300).content) > 1000
         assert service.stop() == 0
         done = state(video_id)
         assert (done.status, done.fence) == (VideoStatus.COMPLETED, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,4 +34,20 @@ def watched(service: SupervisedService, body: dict[str, Any], victim: str | None
             frames += len(chunk.frames())
             if victim is not None and len(indexes) == 2:
                 assert service.kill(victim), victim
+    return Seen(indexes, data, frames)
+
+
+def steered(service: SupervisedService, model: str, deaths: Mapping[int, str], chunks: int) -> Seen:
+    """The first chunks of an interactive session, whose stages die at some of them."""
+    indexes, data, frames = [], [], 0
+    settings = {"model": model, "seed": 7, "size": "64x64", "num_inference_steps": 2}
+    with Rushes(service.url) as rushes, rushes.realtime("a red ball", **settings) as live:
+        for chunk in live:
+            indexes.append(chunk.index)
+            data.append(chunk.data)
+            frames += len(chunk.frames())
+            if victim := deaths.get(chunk.index):
+                assert service.kill(victim), victim
+            if len(indexes) == chunks:
+                break
     return Seen(indexes, data, frames)

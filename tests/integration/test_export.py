@@ -124,9 +124,9 @@ def test_names_and_types_of_the_graphs(tiny_bundle: Bundle) -> None:
             {"latents": "float32"} | dict.fromkeys(caches, "float32"),
             decoded | {f"next_{name}": "float32" for name in caches},
         ),
-        "encoder_first": ({"frames": "uint8"}, {"latents": "float32"} | dict.fromkeys(encoder_caches, "float32")),
+        "encoder_first": ({"frames": "float32"}, {"latents": "float32"} | dict.fromkeys(encoder_caches, "float32")),
         "encoder_next": (
-            {"frames": "uint8"} | dict.fromkeys(encoder_caches, "float32"),
+            {"frames": "float32"} | dict.fromkeys(encoder_caches, "float32"),
             {"latents": "float32"} | {f"next_{name}": "float32" for name in encoder_caches},
         ),
         "rewriter_encoder": ({"ngrams": "int64"}, remembered),
@@ -379,7 +379,10 @@ def test_no_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "MochiPipeline"}, "holds a MochiPipeline, but only WanPipeline, LTXPipeline"),
+        (
+            {"_class_name": "MochiPipeline"},
+            "holds a MochiPipeline, but only WanPipeline, WanImageToVideoPipeline, LTXPipeline",
+        ),
         ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers, so `boundary_ratio`"),
         ({"text_encoder": ["transformers", "BertModel"]}, "text encoder BertModel"),
     ],

@@ -18,7 +18,7 @@ from models.bundle import Bundle
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.sessions import _Noise
-from serving.pipeline.stages import DenoiseRequest, LatentChunk
+from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk
 
 # Exporting takes most of a minute of a free core, and this machine may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -70,7 +70,7 @@ async def test_a_picture_is_where_the_video_begins(tiny_bundle: Bundle, tiny_che
         assert pipeline.encoder is not None
         given = await pipeline.encoder.encode_frames(picture[None])
         texts = [await pipeline.text_encoder.encode(prompt) for prompt in ("a red ball", "")]
-        request = DenoiseRequest("video", spec, texts[0], texts[1], source=given)
+        request = DenoiseRequest("video", spec, texts[0], texts[1], source=EncodedSource(given))
         async with aclosing(pipeline.denoiser.denoise(request)) as events:
             chunks = [event.latents async for event in events if isinstance(event, LatentChunk)]
     made = np.concatenate(chunks, axis=1)
@@ -89,7 +89,7 @@ async def test_a_picture_is_where_the_video_begins(tiny_bundle: Bundle, tiny_che
 
     assert min(compare(frames(made), frames(expected))) >= LEAST_PSNR
     # Another picture makes another video, all through.
-    other = replace(request, source=np.flip(given, axis=2).copy())
+    other = replace(request, source=EncodedSource(np.flip(given, axis=2).copy()))
     async with LocalPipeline.open(tiny_bundle) as pipeline, aclosing(pipeline.denoiser.denoise(other)) as events:
         flipped = [event.latents async for event in events if isinstance(event, LatentChunk)]
     assert np.abs(np.concatenate(flipped, axis=1) - made)[:, -1].max() > 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -24,8 +25,10 @@ from export.checkpoint import _graph
 from export.named_lora import NamedLora, attach, switched
 from export.onnx import ExportError, WeightFile
 from export.settings import CheckpointSettings
+from export.tensorrt import export_plans, open_target
 from models.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
 from models.families import open_checkpoint
+from models.plans import PlanInfo
 from serving.engines.engine import Array, EngineError
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
 from serving.pipeline.denoising import EngineDenoiser
@@ -124,6 +127,14 @@ def test_a_row_is_what_diffusers_makes_with_the_same_adapters(
         np.testing.assert_array_equal(alone["velocity"][0], got[row])
     plain = OnnxRuntimeEngine(tiny_bundle.path_of("denoiser")).run({k: v[:1] for k, v in feeds.items()})["velocity"][0]
     assert np.abs(plain - got[0]).max() <= 1e-5
+
+
+def test_tensorrt_takes_it(bundle: Bundle, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("pip install tensorrt-rtx (Linux and Windows on x86-64 only)")
+    (plan,) = export_plans(bundle, open_target("tensorrt_rtx", "8.9"), tmp_path, graphs=["denoiser"], rows=4)
+    info = PlanInfo.model_validate_json(plan.with_suffix(".json").read_bytes())
+    assert [profile["lora_scales"] for profile in info.basis.profiles] == [((1, 2), (2, 2), (4, 2))] * 2
 
 
 async def test_requests_with_and_without_share_a_batch_and_are_each_right(pipeline: LocalPipeline) -> None:

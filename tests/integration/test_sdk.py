@@ -270,8 +270,8 @@ async def test_rushes_submit_waits_for_the_answers(url: str, tmp_path: Path) -> 
     assert done.exit_code == 1
     assert "line 1: The line is not valid JSON." in done.stderr
     done = await submit("--window", "soon")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "completion_window must be" in done.stderr
     done = await submit(root="http://127.0.0.1:9")
     assert done.exit_code == 1
-    assert "can't be reached" in done.stderr
+    assert "could not be reached" in done.stderr

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from arithmetic import MANIFEST, outputs, text
 
-from models.bundle import GraphInfo, Manifest, SamplerInfo, TensorInfo
+from models.bundle import AdapterInfo, GraphInfo, ImageInfo, Manifest, NamedLoraInfo, SamplerInfo, TensorInfo
 from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
-from serving.pipeline.sessions import GOES_ON_STRENGTH, PICTURE_STRENGTH, Session, open_session, skipped_steps
-from serving.pipeline.stages import DenoiseRequest, LatentChunk
+from serving.pipeline.sessions import Session, open_session, skipped_steps
+from serving.pipeline.sources import GOES_ON_STRENGTH, PICTURE_STRENGTH
+from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk
 
 
 def request(**asked: Any) -> DenoiseRequest:
@@ -148,7 +149,7 @@ def begun(
     spec = make_spec(manifest, "a ball", seconds=seconds, seed=7, num_inference_steps=8)
     spec = replace(spec, source="videos/a/source", source_frames=1 + 4 * (frames - 1), strength=strength)
     source = np.full((4, frames, 4, 4), value, np.float32) + np.arange(frames, dtype=np.float32)[:, None, None]
-    return DenoiseRequest("video", spec, text(1), text(-1), source=source)
+    return DenoiseRequest("video", spec, text(1), text(-1), source=EncodedSource(source))
 
 
 @pytest.mark.parametrize("manifest", [MANIFEST, WHOLE], ids=["causal", "bidirectional"])
@@ -162,7 +163,7 @@ def test_given_frames_stay_as_they_are_and_the_rest_is_made(manifest: Manifest, 
     assert asked.source is not None
     latents = np.concatenate([chunk.latents for _, chunks in made for chunk in chunks], axis=1)
     assert latents.shape == (4, 9, 4, 4)
-    np.testing.assert_array_equal(latents[:, :given], asked.source)
+    np.testing.assert_array_equal(latents[:, :given], asked.source.latents)
     # A given chunk takes one call: the one that the chunks after it look back on.
     saved = 8 * (given // 3)
     if manifest.rollout == "bidirectional":
@@ -219,7 +220,10 @@ def test_a_source_that_does_not_fit_is_refused() -> None:
     for asked, said in (
         (begun(WHOLE, 9), "none is left to make"),
         (begun(WHOLE, 8, strength=0.5), "a draft has 8 latent frames, the video 9"),
-        (replace(begun(WHOLE, 1), source=np.zeros((4, 1, 4, 6), np.float32)), "the source's latents are"),
+        (
+            replace(begun(WHOLE, 1), source=EncodedSource(np.zeros((4, 1, 4, 6), np.float32))),
+            "the source's latents are",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             open_session(WHOLE, asked)
@@ -240,7 +244,7 @@ def test_a_picture_is_clean_and_at_timestep_0_where_the_model_knows_it_so() -> N
         assert feeds["timestep"].shape == feeds["latents"].shape[:1] + feeds["latents"].shape[2:3]
         assert not feeds["timestep"][:, 0].any()
         assert feeds["timestep"][:, 1:].all()
-        np.testing.assert_array_equal(feeds["latents"][0, :, :1], asked.source)
+        np.testing.assert_array_equal(feeds["latents"][0, :, :1], asked.source.latents)
     plain = open_session(manifest, replace(asked, source=None))
     assert plain.feeds()["timestep"].all()
 
@@ -267,3 +271,55 @@ def test_chunks_of_pairs_begin_with_one_frame_more(patch_frames: int) -> None:
     assert seen.shape[2] == 7 + patch_frames - 1
     together = np.concatenate([chunk.latents for chunk in chunks], axis=1)
     assert np.abs(np.corrcoef(together.ravel(), seen[0, :, patch_frames - 1 :].ravel())[0, 1]) > 0.99
+
+
+PICTURED = WHOLE.model_copy(
+    update={
+        "graphs": {
+            "denoiser": GraphInfo(
+                file="denoiser.onnx",
+                inputs=tuple(
+                    TensorInfo(name=name, dtype="float32", shape=("batch",))
+                    for name in ("latents", "condition", "image_hidden_states", "lora_scales")
+                ),
+                outputs=(),
+            )
+        },
+        "image": ImageInfo(side=32),
+        "loras": tuple(
+            NamedLoraInfo(name=name, files=(AdapterInfo(name="f", sha256="0" * 64, scale=1),)) for name in ("a", "b")
+        ),
+    }
+)
+
+
+def test_a_picture_is_seen_as_channels_in_every_row_and_nothing_of_it_is_put_into_the_latents() -> None:
+    asked = begun(PICTURED, 9)
+    source = replace(asked.source or EncodedSource(np.zeros(0, np.float32)), hidden_states=np.ones((5, 4), np.float32))
+    asked = replace(asked, source=source, spec=replace(asked.spec, source_frames=1, lora=(("b", 0.5),)))
+    session = open_session(PICTURED, asked)
+    plain = open_session(WHOLE, replace(asked, source=None, spec=replace(asked.spec, lora=())))
+    assert session.calls == plain.calls
+    for (feeds, _), (bare, _) in zip(calls(session), calls(plain), strict=True):
+        np.testing.assert_array_equal(feeds["latents"], bare["latents"])
+        assert feeds.keys() - bare.keys() == {"condition", "image_hidden_states", "lora_scales"}
+        rows = len(feeds["latents"])
+        for row in range(rows):
+            np.testing.assert_array_equal(feeds["condition"][row, :4, :, 0, 0], [[1] + [0] * 8] * 4)
+            np.testing.assert_array_equal(feeds["condition"][row, 4:], source.latents)
+        np.testing.assert_array_equal(feeds["image_hidden_states"], np.ones((rows, 5, 4)))
+        np.testing.assert_array_equal(feeds["lora_scales"], [[0, 0.5]] * rows)
+
+
+def test_what_no_picture_can_be_made_of_is_refused() -> None:
+    whole = begun(PICTURED, 9)
+    for wrong, said in (
+        (replace(whole, source=None), "a video of one picture, and of nothing else"),
+        (begun(PICTURED, 1), "a video of one picture"),
+        (begun(PICTURED, 9, strength=0.5), "a video of one picture"),
+        (replace(whole, spec=replace(whole.spec, source_frames=1)), "the picture's hidden states"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            open_session(PICTURED, wrong)
+    with pytest.raises(ValueError, match="tiny has no LoRA 'c'"):
+        open_session(WHOLE, replace(begun(WHOLE, 4), spec=replace(begun(WHOLE, 4).spec, lora=(("c", 1.0),))))
