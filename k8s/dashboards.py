@@ -111,7 +111,7 @@ STAGES = Dashboard(
         Panel(
             "Replicas",
             "As Ray Serve's autoscaler wants them.",
-            (("max by (deployment) (ray_serve_autoscaling_target_replicas)", "{{deployment}}"),),
+            (("max by (deployment) (ray_serve_autoscaling_desired_replicas)", "{{deployment}}"),),
         ),
         Panel(
             "Waiting",

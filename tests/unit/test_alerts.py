@@ -16,7 +16,7 @@ from k8s import alerts, dashboards, render
 from serving.metrics import exported_names
 
 # Ray Serve's own that are looked at; tests/e2e/test_service.py finds them on a running service.
-RAYS = {"ray_serve_num_http_requests_total", "ray_serve_autoscaling_target_replicas"}
+RAYS = {"ray_serve_num_http_requests_total", "ray_serve_autoscaling_desired_replicas"}
 MODEL = 'model="wan"'
 
 # By alert: series that must set it off, and the same alert's series that must not. A line is `name{labels}` and values.
