@@ -15,7 +15,7 @@ from queries import all_metrics, metrics_of
 from k8s import alerts, dashboards, render
 from serving.metrics import exported_names
 
-# Ray Serve's own that are looked at; tests/e2e/test_service.py finds them on a running service.
+# Ray Serve's own that are looked at.
 RAYS = {"ray_serve_num_http_requests_total", "ray_serve_autoscaling_desired_replicas"}
 MODEL = 'model="wan"'
 
