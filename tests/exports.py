@@ -11,6 +11,7 @@ import hashlib
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from importlib.metadata import version
@@ -20,8 +21,11 @@ from typing import Any
 from models.bundle import MANIFEST, Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-# With several workers (pytest-xdist), each of them has its own.
-_AT_ONCE = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+# Each of several workers (pytest-xdist) has one process for them, and every other worker begins at the other end.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+_AT_ONCE = 1 if _WORKER else 2
+_BACKWARDS = _WORKER[-1:] in set("13579")
+_LOOK_SECONDS = 0.2
 
 
 def build(name: str, path: Path) -> None:
@@ -64,7 +68,7 @@ class Exports:
 
     def begin(self, names: Iterable[str]) -> None:
         """Export what of these isn't there."""
-        for name in names:
+        for name in list(names)[:: -1 if _BACKWARDS else 1]:
             if name not in self._running and not (self._path(name) / MANIFEST).exists():
                 if self._pool is None:
                     spawn = multiprocessing.get_context("spawn")
@@ -75,7 +79,11 @@ class Exports:
     def bundle(self, name: str) -> Bundle:
         self.begin([name])
         if name in self._running:
-            self._running[name].result()
+            # Another worker may have it first: what is there is whole.
+            while not (self._path(name) / MANIFEST).exists() and not self._running[name].done():
+                time.sleep(_LOOK_SECONDS)
+            if self._running[name].done():
+                self._running[name].result()
         return Bundle.load(self._path(name))
 
     def end(self) -> None:
