@@ -22,8 +22,10 @@ from serving.pipeline.local import LocalPipeline
 
 pytestmark = needs_chromium
 
+_LOOKS = 20
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
-# Blue of the frame that is shown after a seek to `seconds`, in the middle of the picture.
+# Blue of the frame that is shown after a seek to `seconds`, in the middle of the picture. On a busy machine Chromium
+# tells of the seek before it shows the frame.
 _BLUE_AT = """async ([seconds]) => {
     const video = document.getElementById("player");
     await new Promise((done) => { video.onseeked = done; video.pause(); video.currentTime = seconds; });
@@ -57,9 +59,13 @@ async def browser() -> AsyncIterator[Any]:
 
 
 class Viewer(Page):
-    async def blue_at_frame(self, frame: int) -> float:
-        blue: float = await self.page.evaluate(_BLUE_AT, [(frame + 0.5) / FPS])
-        return blue
+    async def shows(self, frame: int) -> bool:
+        """Whether a seek to a frame shows it before long: each frame's blue is its number's."""
+        for _ in range(_LOOKS):
+            blue: float = await self.page.evaluate(_BLUE_AT, [(frame + 0.5) / FPS])
+            if abs(blue - 5 * frame) < 8:
+                return True
+        return False
 
 
 async def opened(browser: Any, client: httpx.AsyncClient, place: str = "", size: str = "desktop") -> Viewer:
@@ -86,26 +92,26 @@ async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_ret
     # Two chunks of four are there, and it plays.
     await first.until("document.getElementById('player').currentTime > 0.5")
     for frame in (0, 8, 9, 20):
-        assert abs(await first.blue_at_frame(frame) - 5 * frame) < 8
+        assert await first.shows(frame)
     for size in SIZES:
         await first.page.set_viewport_size(SIZES[size])
         await picture(first, tmp_path, f"watching-{size}")
 
     late = await opened(browser, client, f"#{making.id}")
     await late.until(f"{BUFFERED} > 1.3")
-    assert abs(await late.blue_at_frame(20) - 100) < 8
+    assert await late.shows(20)
     await first.page.reload()
     await making.show(2)
     for viewer in (first, late):
         await viewer.until(f"{BUFFERED} > 2.0")
-        assert abs(await viewer.blue_at_frame(32) - 160) < 8
+        assert await viewer.shows(32)
         assert await viewer.page.locator("#lane-decode img").count() == 3
 
     await making.show(3)
     await making.complete()
     await late.until("document.getElementById('state').textContent === 'Finished'")
     await late.until(f"{BUFFERED} > 2.8")
-    assert abs(await late.blue_at_frame(44) - 220) < 8
+    assert await late.shows(44)
     assert await late.page.evaluate("document.getElementById('player').duration") == pytest.approx(45 / FPS, abs=0.01)
     assert late.errors == []
 
@@ -120,7 +126,7 @@ async def test_other_codecs_play_too(
     viewer = await opened(browser, client, f"#{making.id}")
     await making.show(0, 1)
     await viewer.until("document.getElementById('player').currentTime > 0.5")
-    assert abs(await viewer.blue_at_frame(20) - 100) < 8
+    assert await viewer.shows(20)
     playlist = await client.get(f"/v1/videos/{making.id}/hls/master.m3u8")
     assert f'CODECS="{name}"' in playlist.text
     assert viewer.errors == []

@@ -114,6 +114,8 @@ class Bucket:
         self._new: Any = lambda: ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
         self._server = self._new()
         self._server.start()
+        # What it keeps is the whole process's: other tests' buckets would be here too.
+        httpx.post(f"http://127.0.0.1:{self._port}/moto-api/reset", trust_env=False).raise_for_status()
         self.options = {"endpoint_url": f"http://127.0.0.1:{self._port}", "key": "test", "secret": "test"}
 
     @contextmanager

@@ -221,7 +221,7 @@ async def test_a_denoiser_that_is_always_lost_is_an_error(
 
     async def at_once(tries: int) -> None: ...
 
-    monkeypatch.setattr(generation, "_pause", at_once)
+    monkeypatch.setattr(generation, "pause", at_once)
     denoiser = Lost()
     spec = make_spec(pipeline.bundle.manifest, "a red ball", seed=7, seconds=1)
     with pytest.raises(LostSession):
