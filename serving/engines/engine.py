@@ -63,6 +63,13 @@ class EngineError(RuntimeError):
     """A graph could not be loaded or run."""
 
 
+def chosen_outputs(graph: str, known: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Those that are wanted, or all. Raises `EngineError` for one that the graph doesn't have."""
+    if missing := [name for name in wanted or () if name not in known]:
+        raise EngineError(f"{graph}: no output {', '.join(missing)}; it has {', '.join(known)}")
+    return tuple(known if wanted is None else wanted)
+
+
 def _dtype_of(array: Array) -> np.dtype[Any]:
     return array.dtype
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from serving.engines.engine import Array, EngineError, Inputs, check_feeds
+from serving.engines.engine import Array, EngineError, Inputs, check_feeds, chosen_outputs
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -84,9 +84,7 @@ class OnnxRuntimeEngine:
             for i in self._session.get_inputs()
         }
         known = [o.name for o in self._session.get_outputs()]
-        self._outputs = tuple(known if outputs is None else outputs)
-        if missing := [o for o in self._outputs if o not in known]:
-            raise EngineError(f"{self._name}: no output {', '.join(missing)}; it has {', '.join(known)}")
+        self._outputs = chosen_outputs(self._name, known, outputs)
 
     @property
     def inputs(self) -> Inputs:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from serving.engines.engine import Array, EngineError, Inputs, check_feeds
+from serving.engines.engine import Array, EngineError, Inputs, check_feeds, chosen_outputs
 
 # As providers in the configuration: in fp32, and in bf16 where the machine has it.
 OPENVINO, OPENVINO_BF16 = "openvino", "openvino_bf16"
@@ -29,8 +29,8 @@ _DTYPES: dict[str, type[np.generic]] = {
 class OpenVinoEngine:
     """One ONNX file, compiled for this CPU when it is opened (a second or so for each graph).
 
-    `threads` is the number of threads that one call computes with; neither it nor what else is in a batch changes a
-    row's bits. `outputs` names the outputs to return; all of them when left out.
+    `threads` is the number of threads that one call computes with: a transformer's results don't depend on it, nor on
+    what else is in a batch. `outputs` names the outputs to return; all of them when left out.
 
     Raises `EngineError` when OpenVINO isn't installed or doesn't take the graph, and for bf16 on a machine that would
     only pretend to compute in it.
@@ -75,9 +75,7 @@ class OpenVinoEngine:
             for port in compiled.inputs
         }
         known = {port.get_any_name(): port for port in compiled.outputs}
-        self._outputs = tuple(known if outputs is None else outputs)
-        if missing := [name for name in self._outputs if name not in known]:
-            raise EngineError(f"{self._name}: no output {', '.join(missing)}; it has {', '.join(known)}")
+        self._outputs = chosen_outputs(self._name, list(known), outputs)
         self._ports = {name: known[name] for name in self._outputs}
         self._request = compiled.create_infer_request()
 

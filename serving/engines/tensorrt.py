@@ -17,7 +17,7 @@ import numpy as np
 
 from models.plans import Profile, Range, fitting_profile, open_log
 from serving.engines.cuda import Cuda, SharedMemory
-from serving.engines.engine import Array, Arrays, EngineError, Inputs, check_feeds
+from serving.engines.engine import Array, Arrays, EngineError, Inputs, check_feeds, chosen_outputs
 
 _DTYPES = {
     "FLOAT": np.float32,
@@ -79,9 +79,7 @@ class TensorRTEngine:
         described = {name: self._describe(name) for name in names}
         self._inputs = {name: described[name] for name in names if modes[name] == runtime.TensorIOMode.INPUT}
         self._all = {name: described[name][0] for name in names if modes[name] == runtime.TensorIOMode.OUTPUT}
-        self._outputs = tuple(self._all if outputs is None else outputs)
-        if missing := [output for output in self._outputs if output not in self._all]:
-            raise EngineError(f"{self._name}: no output {', '.join(missing)}; it has {', '.join(self._all)}")
+        self._outputs = chosen_outputs(self._name, list(self._all), outputs)
         self._kept = frozenset(kept)
         self._profiles = tuple(self._profile(index) for index in range(self._engine.num_optimization_profiles))
         self._stream_weights()

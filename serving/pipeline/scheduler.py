@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,7 +68,7 @@ class TraceLine:
     sessions: tuple[Hashable, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Place:
     """`used` is the engine work, in tokens weighted by priority, that the session has had since a common zero."""
 
@@ -207,8 +207,10 @@ class StepScheduler:
         shape = order[0].entry.shape
         rows = tokens = 0
         chosen: list[_Place] = []
-        for place in self._of_shape(order, shape):
+        for place in order:
             entry = place.entry
+            if entry.shape != shape:
+                continue
             if rows + entry.rows > self._limits.max_rows or tokens + entry.tokens > self._limits.max_tokens:
                 continue
             if chosen and math.isfinite(seconds):
@@ -220,9 +222,6 @@ class StepScheduler:
             tokens += entry.tokens
             chosen.append(place)
         return chosen
-
-    def _of_shape(self, order: Iterable[_Place], shape: tuple[Hashable, ...]) -> Iterable[_Place]:
-        return (place for place in order if place.entry.shape == shape)
 
     def _charge(self, place: _Place) -> None:
         place.used += place.entry.tokens / 2.0**place.entry.priority
