@@ -154,7 +154,7 @@ def _kinds(video: VideoCalls, rows: Sequence[int]) -> Iterable[tuple[str, Call, 
     decodes = [call for chunk in video.chunks for call in chunk.decode]
     for call in decodes[:2]:
         count = call.feeds["latents"].shape[2]
-        which = "first" if call.graph == "decoder_first" else "next"
+        which = "first" if call.graph.endswith("_first") else "next"
         yield f"decode the {which} {count} latent frame{'s' if count > 1 else ''}", call, (1,)
     if len(video.chunks) > 1:
         call = video.chunks[1].decode[0]
