@@ -44,9 +44,10 @@ class DenoiserDeployment:
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
     async def denoise(self, request: DenoiseRequest, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:
-        """One streaming call a video; of steps that follow each other closely not each is told of. Cancelling the call takes its rows out of the batch before the next step.
+        """One streaming call a video; of steps that follow each other closely not each is told of.
 
-        So does the death of `caller`, the actor that asks: Ray lets a call go on that nobody hears the end of.
+        Cancelling the call takes its rows out of the batch before the next step. So does the death of `caller`, the
+        actor that asks: Ray lets a call go on that nobody hears the end of.
         """
         tracing = Open("denoise", request.trace)
         async with aclosing(self._stage.denoise(replace(request, trace=tracing.carrier))) as events:
