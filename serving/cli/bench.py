@@ -131,9 +131,7 @@ def peers(
 
 def report(
     bundle: Annotated[Path, typer.Option(help="A bidirectional bundle.")] = MINI_BUNDLE,
-    causal_bundle: Annotated[
-        Path, typer.Option(help="A causal bundle; what needs one is left out where there is none.")
-    ] = BUNDLED["mini-causal"],
+    causal_bundle: Annotated[Path, typer.Option(help="A causal bundle.")] = BUNDLED["mini-causal"],
     checkpoint: Annotated[
         Path, typer.Option(help="The checkpoint of --bundle, for the peers, which are left out where there is none.")
     ] = CHECKPOINT,
@@ -153,13 +151,13 @@ def report(
     from serving.bench.suite import Options, progress, run
 
     with said_of_a_benchmark():
-        loaded = [Bundle.load(bundle), *([Bundle.load(causal_bundle)] if causal_bundle.exists() else [])]
+        loaded = [Bundle.load(path) for path in (bundle, causal_bundle)]
         for one in loaded:
             one.verify()
-        causal = loaded[1] if len(loaded) > 1 else None
-        if loaded[0].manifest.rollout == "causal" or (causal is not None and causal.manifest.rollout != "causal"):
+        causal = loaded[1]
+        if loaded[0].manifest.rollout == "causal" or causal.manifest.rollout != "causal":
             raise ConfigError("--bundle must be bidirectional, and --causal-bundle causal")
-        if causal is not None and causal.manifest.name == loaded[0].manifest.name:
+        if causal.manifest.name == loaded[0].manifest.name:
             raise ConfigError("the two bundles have the same name, so one service can't serve both")
         output.mkdir(parents=True, exist_ok=True)
         given = checkpoint if with_peers and (checkpoint / "model_index.json").is_file() else None
