@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from models.bundle import MANIFEST, Bundle, BundleError, sha256_of
+from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.fleet import FleetError
 from serving.deployments.local import LocalService, free_port, local_service
@@ -23,6 +25,7 @@ from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 2}
+LIVE: dict[str, Any] = {"size": "64x64", "num_inference_steps": 2}
 
 
 def changed(bundle: Bundle, path: Path, **manifest: Any) -> Path:
@@ -149,13 +152,29 @@ def test_models_come_go_and_change_under_running_videos(
     assert running.stream(**ASKED, model="kept") == before
     assert running.stream(**ASKED, model="rolled") == after
     assert len(running.stream(prompt="a ball", seconds=1, model="added")) > 1000
-    # And out again.
-    assert running.change(kept=tiny_bundle.root, rolled=new) == ["unloaded added"]
-    assert running.names() == ["kept", "rolled"]
+    # A session stays with its model, in the replica of the API that has it, until that model goes.
+    kept = {"kept": tiny_bundle.root, "rolled": new, "more": tiny_causal_bundle.root}
+    with (
+        Rushes(running.service.url) as rushes,
+        rushes.realtime("a ball", model="added", **LIVE) as ending,
+        ThreadPoolExecutor() as threads,
+    ):
+        assert running.change(**kept, added=tiny_causal_bundle.root) == ["loaded more"]
+        with rushes.realtime("a ball", model="more", **LIVE) as staying:
+            chunks, others = iter(ending), iter(staying)
+            assert [next(chunks).index, next(others).index] == [0, 0]
+            # And out again.
+            unloaded = threads.submit(running.change, **kept)
+            indices = [chunk.index for chunk in chunks]
+            assert indices == list(range(1, 1 + len(indices)))
+            assert ending.end_reason == "model_unloaded"
+            assert unloaded.result() == ["unloaded added"]
+            assert next(others).index == 1
+    assert running.names() == ["kept", "rolled", "more"]
     assert replicas("rushes-model-added") == set()
     refused = httpx.post(f"{running.service.url}/v1/videos", json=ASKED | {"model": "added"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")
-    assert running.change(kept=tiny_bundle.root, rolled=new) == []
+    assert running.change(**kept) == []
 
 
 def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(
