@@ -50,6 +50,8 @@ class Fleet:
 
     def start(self, config: ServiceConfig) -> None:
         """Raises `BundleError` or `ConfigError` before anything starts, `RuntimeError` when a replica doesn't."""
+        if config.retiring:
+            raise ConfigError("retiring is for Serve files: here an old bundle finishes its videos by itself")
         config = config.resolved()
         models = _models_of(config)
         # All at once: waiting for each in turn would take several times as long.
@@ -85,7 +87,7 @@ class Fleet:
         for target in self._front(models, config):
             self._serve.run_many([target])
         self._config, self._models = config, models
-        self._wait_for_the_old_runner()
+        self._wait_for_the_old_runner(config.runner.replicas)
         for app in before - {model.app for model in models.values()}:
             self._serve.delete(app)
         return said or ["changed"]
@@ -144,11 +146,11 @@ class Fleet:
                     return str(raised[-1].partition("Error: ")[2].strip())
         return ""
 
-    def _wait_for_the_old_runner(self) -> None:
+    def _wait_for_the_old_runner(self, replicas: int) -> None:
         """Until only replicas of the new one are there. Ray ends the others after `graceful_shutdown_seconds`."""
         while True:
             states = self._serve.status().applications[RUNNER].deployments["runner"].replica_states
-            if all(state == "RUNNING" for state, count in states.items() if count):
+            if {state: count for state, count in states.items() if count} == {"RUNNING": replicas}:
                 return
             time.sleep(_LOOK_SECONDS)
 
@@ -163,7 +165,7 @@ def _models_of(config: ServiceConfig) -> dict[str, _Model]:
         content = hashlib.sha256(f"{bundle.root} {bundle.digest} {settings}".encode()).hexdigest()
         return _Model(name, bundle, f"rushes-model-{name}-{content[:8]}")
 
-    return {name: model(name, bundle) for name, bundle in checked(config).items()}
+    return {name: model(name, bundle) for name, bundle in checked(config.models).items()}
 
 
 def _check_room(models: int, config: ServiceConfig) -> None:
