@@ -140,7 +140,9 @@ class WholeService:
         *,
         webhook_secret: str | None = None,
         shared_files: SharedFiles | None = None,
+        require_keys: bool = False,
     ) -> None:
+        self.require_keys = require_keys
         self.webhook_secret = webhook_secret
         self.webhooks = WebhookPolicy(enabled=webhook_secret is not None, allow_private=True)
         database = Database.open(f"sqlite:///{data_dir / 'videos.db'}")
@@ -180,6 +182,7 @@ class WholeService:
             wake,
             aliases=aliases,
             webhooks=self.webhooks,
+            require_keys=self.require_keys,
             stages={"tiny": Stages(**self.stages)},
             realtime=self.realtime,
         )

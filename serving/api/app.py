@@ -78,7 +78,7 @@ def create_api(
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
 
-    app.include_router(realtime_router(keys, catalog, stages or {}, realtime or RealtimeConfig()))
+    app.include_router(realtime_router(keys, catalog, stages or {}, realtime or RealtimeConfig(), storage.live))
     app.include_router(load_router(estimates, ask_stages), dependencies=gate, responses=ERRORS)
     app.include_router(playground_router())
 

@@ -19,6 +19,7 @@ from serving.api.auth import Gate
 from serving.api.creation import new_spec
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
+from serving.api.places import Places
 from serving.api.realtime_events import (
     ClientEvent,
     FragmentAck,
@@ -39,6 +40,8 @@ from serving.api.realtime_events import (
 )
 from serving.config import RealtimeConfig
 from serving.jobs.ids import new_id
+from serving.jobs.keys import LimitReached
+from serving.jobs.live import LiveSessions
 from serving.media.fmp4 import codec_string
 from serving.pipeline.interactive import Interaction, LiveStages
 
@@ -47,7 +50,7 @@ _log = logging.getLogger(__name__)
 # A browser can't set a header: its key comes as a subprotocol beside this one, as OpenAI's does.
 PROTOCOL, KEY_PROTOCOL = "realtime", "rushes-api-key."
 _CLOSE_SECONDS = 5.0
-_NORMAL, _POLICY, _FAILED = 1000, 1008, 1011
+_NORMAL, _POLICY, _FAILED, _TRY_LATER = 1000, 1008, 1011, 1013
 
 
 class _Over(Exception):  # noqa: N818 - not an error
@@ -58,29 +61,12 @@ class _Over(Exception):  # noqa: N818 - not an error
         self.reason, self.error, self.close_code = reason, error, close_code
 
 
-class Places:
-    """How many sessions there may be at a time in this replica."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self.taken = most, 0
-
-    def take(self) -> None:
-        """Raises `ApiError` (429) when all are taken."""
-        if self.taken >= self._most:
-            message = f"There are {self.taken} interactive sessions here already; try again later."
-            raise ApiError(429, message, code="too_many_sessions")
-        self.taken += 1
-
-    def leave(self) -> None:
-        self.taken -= 1
-
-
 def realtime_router(
-    gate: Gate, catalog: Catalog, stages: Mapping[str, LiveStages], settings: RealtimeConfig
+    gate: Gate, catalog: Catalog, stages: Mapping[str, LiveStages], settings: RealtimeConfig, live: LiveSessions
 ) -> APIRouter:
-    """`stages` are those of the models by name."""
+    """`stages` are those of the models by name; `live` knows every key's sessions, on whichever replica."""
     router = APIRouter()
-    places = Places(settings.max_sessions)
+    places = Places(settings.max_sessions, live)
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
@@ -108,7 +94,8 @@ class _Conversation:
         self._tasks = asyncio.TaskGroup()
         self._interaction: Interaction | None = None
         self._asked: SessionSettings | None = None
-        self._place_taken = False
+        self._owner: str | None = None
+        self._place: str | None = None
         self._heard = asyncio.Event()
         self._sending = asyncio.Lock()
 
@@ -126,8 +113,8 @@ class _Conversation:
             failed = ApiError(500, "The service made a mistake; its log says more.")
             await self._say_farewell(BaseExceptionGroup("", [_Over("failed", failed, _FAILED)]))
         finally:
-            if self._place_taken:
-                self._places.leave()
+            if self._place is not None:
+                await self._places.leave(self._place, self._owner)
 
     async def _talk(self) -> None:
         async with self._tasks as tasks:
@@ -137,7 +124,7 @@ class _Conversation:
 
     async def _admit_and_listen(self) -> None:
         try:
-            await self._gate.owner_of(_key_of(self._socket))
+            self._owner = await self._gate.owner_of(_key_of(self._socket))
         except ApiError as error:
             raise _Over("refused", error, _POLICY) from None
         while True:
@@ -157,6 +144,10 @@ class _Conversation:
             await self._do(parse_event(values))
         except ApiError as error:
             await self._send(error_event(error, event_id_of(values)))
+        except LimitReached as limit:
+            refused = ApiError(429, limit.message, code="rate_limit_exceeded")
+            await self._send(error_event(refused, event_id_of(values)))
+            raise _Over("refused", close_code=_TRY_LATER) from None
 
     async def _do(self, event: ClientEvent) -> None:
         if isinstance(event, SessionCreate):
@@ -189,10 +180,13 @@ class _Conversation:
         if manifest.rollout != "causal" or model not in self._stages:
             message = f"{model} is {manifest.rollout}: an interactive session needs a causal model."
             raise ApiError(400, message, param="session.model", code="model_not_causal")
-        self._places.take()
-        self._place_taken = True
+        session_id = new_id("sess_")
+        await self._places.take(session_id, self._owner)
+        self._place = session_id
+        if self._owner is not None:
+            self._tasks.create_task(self._watch_key(session_id, self._owner))
         interaction = Interaction(
-            new_id("sess_"), manifest, spec, self._stages[model], buffer_seconds=self._settings.buffer_seconds
+            session_id, manifest, spec, self._stages[model], buffer_seconds=self._settings.buffer_seconds
         )
         prompt = await interaction.begin()
         self._interaction, self._asked = interaction, asked
@@ -248,6 +242,11 @@ class _Conversation:
                     await self._heard.wait()
             except TimeoutError:
                 raise _Over("idle") from None
+
+    async def _watch_key(self, session_id: str, owner: str) -> None:
+        await self._places.keep(session_id, owner)
+        revoked = ApiError(401, "This API key was revoked.", code="invalid_api_key")
+        raise _Over("refused", revoked, _POLICY)
 
     async def _watch_length(self) -> None:
         await asyncio.sleep(self._settings.max_seconds)

@@ -177,7 +177,13 @@ class RunnerDeployment:
         )
         loop = asyncio.get_running_loop()
         self._running = loop.create_task(self._runner.run())
-        sweeper = Sweeper(storage.videos, storage.artifacts, files=storage.files, quota_bytes=config.quota_bytes)
+        sweeper = Sweeper(
+            storage.videos,
+            storage.artifacts,
+            files=storage.files,
+            live=storage.live,
+            quota_bytes=config.quota_bytes,
+        )
         batches = BatchWorker(
             storage, Catalog(bundles, config.model_aliases, config.text_encoder.rewriter), webhook_policy(config)
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from service import Service, WholeService, served, until
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
@@ -23,13 +24,13 @@ from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Fragment, LatentChunk, LostSession
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 
 PROMPT, OTHER = "a red ball bouncing on a sand floor at sunset", "a blue cube"
 ASKED: dict[str, Any] = {"seed": 7, "size": "64x64", "num_inference_steps": 2}
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pipeline(tiny_causal_bundle: Bundle) -> AsyncIterator[LocalPipeline]:
     async with LocalPipeline.open(tiny_causal_bundle) as opened:
         yield opened
@@ -247,6 +248,36 @@ async def test_only_so_many_sessions_at_a_time(service: WholeService) -> None:
         await one.wait_closed()
         await say(two, "session.create", session={"prompt": PROMPT, **ASKED})
         await heard(two, "session.created")
+
+
+async def test_a_keys_limits_hold_for_sessions_and_videos_together(service: WholeService) -> None:
+    """What is refused is never opened, and a session's place is free when it ends."""
+    service.require_keys = True
+    _, secret = service.storage.keys.create("me", max_unfinished=1)
+    headers = {"Authorization": f"Bearer {secret}"}
+    asked = {"prompt": PROMPT, **ASKED}
+    async with service.running() as client:
+        client.headers.update(headers)
+        url = str(client.base_url)
+        async with opened(url, additional_headers=headers) as one, opened(url, additional_headers=headers) as two:
+            await say(one, "session.create", session=asked)
+            await heard(one, "session.created")
+            await say(two, "session.create", session=asked, event_id="mine")
+            error = (await heard(two, "error"))["error"]
+            assert (error["code"], error["event_id"]) == ("rate_limit_exceeded", "mine")
+            assert (await heard(two, "session.ended"))["reason"] == "refused"
+            await two.wait_closed()
+            assert two.close_code == 1013
+            refused = await client.post("/v1/videos", json=asked)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            async with AsyncRushes(url, api_key=secret) as rushes:
+                with pytest.raises(ApiError, match="1 videos and sessions") as limited:
+                    await rushes.realtime(**asked).__aenter__()
+            assert limited.value.status == 429
+            await say(one, "session.stop")
+            await one.wait_closed()
+        while (await client.post("/v1/videos", json=asked)).status_code != 200:
+            pass  # its place is given back a moment after the connection's end
 
 
 @pytest.mark.parametrize(("limits", "reason"), [({"idle_seconds": 0.2}, "idle"), ({"max_seconds": 0.2}, "too_long")])
