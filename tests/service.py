@@ -160,12 +160,14 @@ class WholeService:
         self.pipeline = pipeline
         self.bundle = bundle
         self.runner: Runner | None = None
+        self.retiring: dict[str, Stages] = {}
         self.realtime = RealtimeConfig()
         self.places: Places | None = None
 
     def new_runner(self) -> Runner:
         settings = AttemptSettings(lease_seconds=30, max_attempts=2)
-        return Runner(self.storage, {"tiny": Stages(**self.stages)}, settings, max_videos=4, poll_seconds=0.05)
+        stages = {"tiny": Stages(**self.stages)}
+        return Runner(self.storage, stages, settings, max_videos=4, poll_seconds=0.05, retiring=self.retiring)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[httpx.AsyncClient]:

@@ -43,6 +43,7 @@ from serving.jobs.ids import new_id
 from serving.jobs.keys import LimitReached
 from serving.media.fmp4 import codec_string
 from serving.pipeline.interactive import Interaction, LiveStages
+from serving.pipeline.stages import OtherBundle
 
 _log = logging.getLogger(__name__)
 
@@ -236,6 +237,8 @@ class _Conversation:
                 except StopAsyncIteration:
                     assert self._withdrawn is not None
                     raise self._withdrawn from None
+                except OtherBundle:
+                    raise _Over("model_replaced", close_code=_RESTART) from None
                 except Exception as error:
                     _log.error("%s: the session failed", interaction.id, exc_info=error)
                     said = (str(error).strip().splitlines() or [type(error).__name__])[-1]

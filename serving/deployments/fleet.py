@@ -54,6 +54,8 @@ class Fleet:
 
     def start(self, config: ServiceConfig) -> None:
         """Raises `BundleError` or `ConfigError` before anything starts, `RuntimeError` when a replica doesn't."""
+        if config.retiring:
+            raise ConfigError("retiring is for Serve files: here an old bundle finishes its videos by itself")
         config = config.resolved()
         models = _models_of(config)
         # All at once: waiting for each in turn would take several times as long.
@@ -65,8 +67,7 @@ class Fleet:
 
         Every new bundle is verified, and its engines have been loaded, before any request meets it. Videos that are
         running end on the models they began with, whose replicas then go, and interactive sessions with their chunk in
-        hand. Raises `ConfigError`, `BundleError` or
-        `FleetError`: then what was served before still is.
+        hand. Raises `ConfigError`, `BundleError` or `FleetError`: then what was served before still is.
         """
         assert self._config is not None
         config = config.resolved()
@@ -92,7 +93,7 @@ class Fleet:
         self._replace_api(api, config.api.replicas)
         old = [model for model in self._models.values() if model.app not in {new.app for new in models.values()}]
         self._config, self._models = config, models
-        self._wait_for_the_old_runner()
+        self._wait_for_the_old_runner(config.runner.replicas)
         for model in old:
             self._wait_for_sessions(model)
             self._serve.delete(model.app)
@@ -153,10 +154,14 @@ class Fleet:
         return ""
 
     def _replace_api(self, target: Any, replicas: int) -> None:
-        """Returns when the new one answers: Ray would wait for the old one's last viewer too."""
+        """Returns when the new one answers alone: Ray would wait for the old one's last viewer too."""
         old = self._api_replicas()
         self._serve.run_many([target], wait_for_applications_running=False)
-        while sum(state == "RUNNING" for id, state in self._api_replicas().items() if id not in old) < replicas:
+
+        def running() -> list[str]:
+            return [id for id, state in self._api_replicas().items() if state == "RUNNING"]
+
+        while len(answering := running()) < replicas or any(id in old for id in answering):
             if self._serve.status().applications[API].status == "DEPLOY_FAILED":
                 raise FleetError(f"the API can't be started again: {self._why([API])}")
             time.sleep(_LOOK_SECONDS)
@@ -176,11 +181,11 @@ class Fleet:
             while sum(denoiser.broadcast("sessions").results()) and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
 
-    def _wait_for_the_old_runner(self) -> None:
+    def _wait_for_the_old_runner(self, replicas: int) -> None:
         """Until only replicas of the new one are there. Ray ends the others after `graceful_shutdown_seconds`."""
         while True:
             states = self._serve.status().applications[RUNNER].deployments["runner"].replica_states
-            if all(state == "RUNNING" for state, count in states.items() if count):
+            if {state: count for state, count in states.items() if count} == {"RUNNING": replicas}:
                 return
             time.sleep(_LOOK_SECONDS)
 
@@ -195,7 +200,7 @@ def _models_of(config: ServiceConfig) -> dict[str, _Model]:
         content = hashlib.sha256(f"{bundle.root} {bundle.digest} {settings}".encode()).hexdigest()
         return _Model(name, bundle, f"rushes-model-{name}-{content[:8]}")
 
-    return {name: model(name, bundle) for name, bundle in checked(config).items()}
+    return {name: model(name, bundle) for name, bundle in checked(config.models).items()}
 
 
 def _check_room(models: int, config: ServiceConfig) -> None:
