@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -258,6 +259,11 @@ class ServiceConfig(_Strict):
         description="Model name to its bundle's directory, or `mini` or `mini-causal` for a bundled one; the first is "
         "the default.",
     )
+    retiring: dict[str, Path] = Field(
+        default={},
+        description="Bundles that models had before, in a Serve file: videos that began with one are finished by it. "
+        "Its stages have no replica until there is such a video. `rushes reload` needs none.",
+    )
     data_dir: Path = Field(default=Path("rushes-data"), description="Where the store and the finished videos live.")
     store_url: str | None = Field(
         default_factory=lambda: os.environ.get("RUSHES_STORE_URL"),
@@ -323,6 +329,15 @@ class ServiceConfig(_Strict):
                 raise ValueError(f"model_aliases.{alias}: that is a model's own name")
         return self
 
+    @model_validator(mode="after")
+    def _retiring_bundles_are_of_models(self) -> ServiceConfig:
+        for name, path in self.retiring.items():
+            if name not in self.models:
+                raise ValueError(f"retiring.{name}: there is no model {name!r}")
+            if path == self.models[name]:
+                raise ValueError(f"retiring.{name}: that is the model's bundle now")
+        return self
+
     @property
     def default_model(self) -> str:
         return next(iter(self.models))
@@ -350,10 +365,7 @@ class ServiceConfig(_Strict):
 
         Raises `ConfigError` when a bundle isn't there.
         """
-        bundles = {name: bundled(path).expanduser().resolve() for name, path in self.models.items()}
-        for name, path in bundles.items():
-            if not (path / "bundle.json").is_file():
-                raise ConfigError(f"models.{name}: no bundle at {path}")
+        bundles = _resolved("models", self.models)
         text_encoder, denoiser, decoder = (
             stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()})
             for stage in self._stages
@@ -361,6 +373,7 @@ class ServiceConfig(_Strict):
         return self.model_copy(
             update={
                 "models": bundles,
+                "retiring": _resolved("retiring", self.retiring),
                 "data_dir": self.data_dir.expanduser().resolve(),
                 "text_encoder": text_encoder,
                 "denoiser": denoiser,
@@ -387,6 +400,14 @@ class ServiceConfig(_Strict):
             + self.runner.num_cpus * self.runner.replicas
             + self.api.num_cpus * self.api.replicas
         )
+
+
+def _resolved(key: str, bundles: Mapping[str, Path]) -> dict[str, Path]:
+    found = {name: bundled(path).expanduser().resolve() for name, path in bundles.items()}
+    for name, path in found.items():
+        if not (path / "bundle.json").is_file():
+            raise ConfigError(f"{key}.{name}: no bundle at {path}")
+    return found
 
 
 def parse_config(values: Any, source: str = "config") -> ServiceConfig:

@@ -2,7 +2,7 @@
 
 What waits in one stage is what comes to the next: the decoder is scaled for the videos that are being denoised, in the
 proportion that both have had in engine time so far. A replica takes its cold start to be there, so it is only asked for
-if there will be work for it then.
+if there will be work for it then. Streams that are about to run dry ask for one more, whatever the sums say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ ORDER = ("text-encoder", "denoiser", "decoder")
 class Load:
     """One stage of one model. `outstanding_seconds` is the work in its replicas' hands on their own hardware, over all
     of them; `queued` is how many calls have no replica yet, and `in_flight` how many have; `busy_seconds` is what its
-    engines have run in all."""
+    engines have run in all. Of the videos that are being played, the nearest to running dry has `slack_seconds` to
+    spare. So many of the `replicas` are still `starting`."""
 
     replicas: int
     least: int
@@ -28,6 +29,8 @@ class Load:
     queued: float = 0.0
     in_flight: float = 0.0
     busy_seconds: float = 0.0
+    slack_seconds: float = math.inf
+    starting: int = 0
 
     @property
     def work_seconds(self) -> float:
@@ -43,11 +46,13 @@ class Load:
 @dataclass(frozen=True, slots=True)
 class Settings:
     """A stage has as many replicas as can do its work in `target_seconds`. One is taken away when the others would be
-    less than `slack` of that full: what is just enough must not come and go."""
+    less than `slack` of that full: what is just enough must not come and go. One more than there are is needed when a
+    video that is being played has less than `stream_seconds` to spare."""
 
     target_seconds: float = 30.0
     cold_start_seconds: float = 60.0
     slack: float = 0.7
+    stream_seconds: float = 0.5
 
 
 def decide(loads: Mapping[str, Load], settings: Settings, shares: Mapping[str, float]) -> dict[str, int]:
@@ -83,9 +88,13 @@ def _replicas(load: Load, work: float, settings: Settings, *, awake: bool) -> in
     # What is left when a new replica would be there.
     left = max(0.0, work - now * settings.cold_start_seconds)
     up = math.ceil(left / settings.target_seconds)
+    # Only if there is somebody to move over: a video that is late alone on its replica would be late on another.
+    late = load.slack_seconds < settings.stream_seconds and load.in_flight + load.queued > now
+    if late and not load.starting:
+        up = max(up, now + 1)
     if up > now:
         return min(max(up, least), load.most)
-    needed = math.ceil(work / settings.target_seconds)
+    needed = now if late else math.ceil(work / settings.target_seconds)
     while now > needed and work < settings.slack * settings.target_seconds * (now - 1):
         now -= 1
     if not awake:

@@ -19,6 +19,7 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
+from serving.api.places import Places
 from serving.config import RealtimeConfig
 from serving.deployments.attempt import AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
@@ -140,7 +141,9 @@ class WholeService:
         *,
         webhook_secret: str | None = None,
         shared_files: SharedFiles | None = None,
+        require_keys: bool = False,
     ) -> None:
+        self.require_keys = require_keys
         self.webhook_secret = webhook_secret
         self.webhooks = WebhookPolicy(enabled=webhook_secret is not None, allow_private=True)
         database = Database.open(f"sqlite:///{data_dir / 'videos.db'}")
@@ -157,11 +160,14 @@ class WholeService:
         self.pipeline = pipeline
         self.bundle = bundle
         self.runner: Runner | None = None
+        self.retiring: dict[str, Stages] = {}
         self.realtime = RealtimeConfig()
+        self.places: Places | None = None
 
     def new_runner(self) -> Runner:
         settings = AttemptSettings(lease_seconds=30, max_attempts=2)
-        return Runner(self.storage, {"tiny": Stages(**self.stages)}, settings, max_videos=4, poll_seconds=0.05)
+        stages = {"tiny": Stages(**self.stages)}
+        return Runner(self.storage, stages, settings, max_videos=4, poll_seconds=0.05, retiring=self.retiring)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -178,8 +184,10 @@ class WholeService:
             wake,
             aliases=aliases,
             webhooks=self.webhooks,
+            require_keys=self.require_keys,
             stages={"tiny": Stages(**self.stages)},
             realtime=self.realtime,
+            places=self.places,
         )
         batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
         loops = [runner.run(), batches.run(poll_seconds=0.05)]

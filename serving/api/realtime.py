@@ -20,6 +20,7 @@ from serving.api.auth import Gate
 from serving.api.creation import new_spec
 from serving.api.errors import ApiError
 from serving.api.models import Catalog
+from serving.api.places import Places
 from serving.api.realtime_events import (
     ClientEvent,
     FragmentAck,
@@ -40,15 +41,28 @@ from serving.api.realtime_events import (
 )
 from serving.config import RealtimeConfig
 from serving.jobs.ids import new_id
+from serving.jobs.keys import LimitReached
 from serving.media.fmp4 import codec_string
 from serving.pipeline.interactive import Interaction, LiveStages
+from serving.pipeline.stages import OtherBundle
 
 _log = logging.getLogger(__name__)
 
 # A browser can't set a header: its key comes as a subprotocol beside this one, as OpenAI's does.
 PROTOCOL, KEY_PROTOCOL = "realtime", "rushes-api-key."
 _CLOSE_SECONDS = 5.0
-_NORMAL, _POLICY, _FAILED = 1000, 1008, 1011
+# A chunk that is being made when its model goes is waited for so long.
+_LAST_CHUNK_SECONDS = 60.0
+_NORMAL, _GOING_AWAY, _POLICY, _FAILED, _RESTART, _TRY_LATER = 1000, 1001, 1008, 1011, 1012, 1013
+_SAID = {
+    "stopped": "The client stopped it.",
+    "idle": "The client said nothing for too long.",
+    "too_long": "It lasted as long as a session may.",
+    "failed": "It failed.",
+    "refused": "It was refused.",
+    "model_replaced": "Its model was replaced: connect again for a session on the new one.",
+    "model_unloaded": "Its model is not served any more.",
+}
 
 
 class _Over(Exception):  # noqa: N818 - not an error
@@ -59,29 +73,11 @@ class _Over(Exception):  # noqa: N818 - not an error
         self.reason, self.error, self.close_code = reason, error, close_code
 
 
-class Places:
-    """How many sessions there may be at a time in this replica."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self.taken = most, 0
-
-    def take(self) -> None:
-        """Raises `ApiError` (429) when all are taken."""
-        if self.taken >= self._most:
-            message = f"There are {self.taken} interactive sessions here already; try again later."
-            raise ApiError(429, message, code="too_many_sessions")
-        self.taken += 1
-
-    def leave(self) -> None:
-        self.taken -= 1
-
-
 def realtime_router(
-    gate: Gate, catalog: Catalog, stages: Mapping[str, LiveStages], settings: RealtimeConfig
+    gate: Gate, catalog: Catalog, stages: Mapping[str, LiveStages], settings: RealtimeConfig, places: Places
 ) -> APIRouter:
     """`stages` are those of the models by name."""
     router = APIRouter()
-    places = Places(settings.max_sessions)
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
@@ -109,8 +105,10 @@ class _Conversation:
         self._tasks = asyncio.TaskGroup()
         self._interaction: Interaction | None = None
         self._asked: SessionSettings | None = None
-        self._place_taken = False
+        self._owner: str | None = None
+        self._place: str | None = None
         self._heard = asyncio.Event()
+        self._withdrawn: _Over | None = None
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
@@ -127,8 +125,8 @@ class _Conversation:
             failed = ApiError(500, "The service made a mistake; its log says more.")
             await self._say_farewell(BaseExceptionGroup("", [_Over("failed", failed, _FAILED)]))
         finally:
-            if self._place_taken:
-                self._places.leave()
+            if self._place is not None:
+                await self._places.leave(self._place, self._owner)
 
     async def _talk(self) -> None:
         async with self._tasks as tasks:
@@ -138,7 +136,7 @@ class _Conversation:
 
     async def _admit_and_listen(self) -> None:
         try:
-            await self._gate.owner_of(_key_of(self._socket))
+            self._owner = await self._gate.owner_of(_key_of(self._socket))
         except ApiError as error:
             raise _Over("refused", error, _POLICY) from None
         while True:
@@ -158,6 +156,10 @@ class _Conversation:
             await self._do(parse_event(values))
         except ApiError as error:
             await self._send(error_event(error, event_id_of(values)))
+        except LimitReached as limit:
+            refused = ApiError(429, limit.message, code="rate_limit_exceeded")
+            await self._send(error_event(refused, event_id_of(values)))
+            raise _Over("refused", close_code=_TRY_LATER) from None
 
     async def _do(self, event: ClientEvent) -> None:
         if isinstance(event, SessionCreate):
@@ -192,10 +194,13 @@ class _Conversation:
             raise ApiError(400, message, param="session.model", code="model_not_causal")
         if asked.decoder is None and manifest.tiny_decoder is not None:
             spec = replace(spec, decoder="tiny")  # what is watched live had better be in time
-        self._places.take()
-        self._place_taken = True
+        session_id = new_id("sess_")
+        await self._places.take(session_id, model, self._owner)
+        self._place = session_id
+        if self._owner is not None:
+            self._tasks.create_task(self._watch_key(session_id, self._owner))
         interaction = Interaction(
-            new_id("sess_"), manifest, spec, self._stages[model], buffer_seconds=self._settings.buffer_seconds
+            session_id, manifest, spec, self._stages[model], buffer_seconds=self._settings.buffer_seconds
         )
         prompt = await interaction.begin()
         self._interaction, self._asked = interaction, asked
@@ -216,6 +221,7 @@ class _Conversation:
         }
         await self._send(server_event("session.created", session=about | prompt_said(prompt)))
         self._tasks.create_task(self._make(interaction, manifest.fps))
+        self._tasks.create_task(self._watch_model(interaction, model))
 
     async def _change_prompt(self, interaction: Interaction, change: PromptChange) -> None:
         assert self._asked is not None
@@ -231,6 +237,11 @@ class _Conversation:
             while True:
                 try:
                     live = await anext(fragments)
+                except StopAsyncIteration:
+                    assert self._withdrawn is not None
+                    raise self._withdrawn from None
+                except OtherBundle:
+                    raise _Over("model_replaced", close_code=_RESTART) from None
                 except Exception as error:
                     _log.error("%s: the session failed", interaction.id, exc_info=error)
                     said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -251,6 +262,18 @@ class _Conversation:
                     await self._heard.wait()
             except TimeoutError:
                 raise _Over("idle") from None
+
+    async def _watch_model(self, interaction: Interaction, model: str) -> None:
+        why = await self._places.withdrawal(model)
+        self._withdrawn = _Over(why, close_code=_RESTART if why == "model_replaced" else _GOING_AWAY)
+        interaction.finish()
+        await asyncio.sleep(_LAST_CHUNK_SECONDS)
+        raise self._withdrawn
+
+    async def _watch_key(self, session_id: str, owner: str) -> None:
+        await self._places.keep(session_id, owner)
+        revoked = ApiError(401, "This API key was revoked.", code="invalid_api_key")
+        raise _Over("refused", revoked, _POLICY)
 
     async def _watch_length(self) -> None:
         await asyncio.sleep(self._settings.max_seconds)
@@ -273,7 +296,9 @@ class _Conversation:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if over.error is not None:
                     await self._socket.send_json(error_event(over.error))
-                await self._socket.send_json(server_event("session.ended", reason=over.reason))
+                await self._socket.send_json(
+                    server_event("session.ended", reason=over.reason, message=_SAID[over.reason])
+                )
                 await self._socket.close(over.close_code, over.reason)
 
 

@@ -18,6 +18,8 @@ from serving.client.errors import ApiError, RushesError, Unreachable
 from serving.client.wire import Chunk
 
 _LARGEST_MESSAGE_BYTES = 1 << 28
+# What an error event doesn't say: the status that the answer to a request would have had.
+_STATUSES = {"rate_limit_exceeded": 429, "too_many_sessions": 429, "missing_api_key": 401, "invalid_api_key": 401}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class AsyncRealtime:
         self.session: dict[str, Any] = {}
         """What the service says of it: `id`, `size`, `fps`, `seed` and so on."""
         self.end_reason: str | None = None
-        """Once it has ended: `stopped`, `idle`, `too_long`, or `closed` when the connection was cut."""
+        """Once it has ended: `stopped`, `idle`, `too_long`, `model_replaced` or `model_unloaded` with its model, or
+        `closed` when the connection was cut."""
 
     async def __aenter__(self) -> Self:
         """Raises `ApiError` for what the service refuses, `Unreachable` when it isn't there."""
@@ -144,7 +147,7 @@ class AsyncRealtime:
             if event["type"] == "error":
                 error = event["error"]
                 raise ApiError(
-                    500 if error["type"] == "server_error" else 400,
+                    _STATUSES.get(error["code"], 500 if error["type"] == "server_error" else 400),
                     error["message"],
                     param=error["param"],
                     code=error["code"],

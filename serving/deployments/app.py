@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -40,8 +41,10 @@ def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Applic
     if not isinstance(config, ServiceConfig):
         config = parse_config(config or {})
     config = config.resolved()
-    stages = {name: _stages(name, bundle, config) for name, bundle in checked(config).items()}
-    return build_api(config, build_runner(config, stages), stages)
+    stages = {name: _stages(name, bundle, config) for name, bundle in checked(config.models).items()}
+    asleep = _asleep(config)
+    retiring = {name: _stages(f"{name}-retiring", bundle, asleep) for name, bundle in checked(config.retiring).items()}
+    return build_api(config, build_runner(config, stages, retiring), stages)
 
 
 def build_model(name: str, bundle: Bundle, config: ServiceConfig) -> Application:
@@ -51,15 +54,17 @@ def build_model(name: str, bundle: Bundle, config: ServiceConfig) -> Application
     return application
 
 
-def checked(config: ServiceConfig) -> dict[str, Bundle]:
+def checked(paths: Mapping[str, Path]) -> dict[str, Bundle]:
     """Every model's bundle, with all of its files verified. Raises `BundleError`."""
-    bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+    bundles = {name: Bundle.load(path) for name, path in paths.items()}
     for bundle in bundles.values():
         bundle.verify()
     return bundles
 
 
-def build_runner(config: ServiceConfig, stages: Mapping[str, StageHandles]) -> Application:
+def build_runner(
+    config: ServiceConfig, stages: Mapping[str, StageHandles], retiring: Mapping[str, StageHandles] | None = None
+) -> Application:
     """The runner, over stages that are bound with it or run already."""
     application: Application = _deployment(
         RunnerDeployment,
@@ -68,8 +73,9 @@ def build_runner(config: ServiceConfig, stages: Mapping[str, StageHandles]) -> A
         num_replicas=config.runner.replicas,
         # `wake` answers at once; `drain` may wait for long.
         max_ongoing_requests=1000,
+        max_surge_percent=100,
         ray_actor_options=_asked(config.runner.num_cpus, 0, config.runner.label_selector),
-    ).bind(config, stages)
+    ).bind(config, stages, retiring or {})
     return application
 
 
@@ -81,9 +87,23 @@ def build_api(config: ServiceConfig, runner: Any, stages: Mapping[str, StageHand
         config,
         num_replicas=config.api.replicas,
         max_ongoing_requests=config.api.max_ongoing_requests,
+        # Interactive sessions stay where they are when their replica's place is taken.
+        graceful_shutdown_timeout_s=max(config.graceful_shutdown_seconds, config.realtime.max_seconds),
+        # The new one answers before the old one stops: a request would wait for as long as a replica takes to start.
+        max_surge_percent=100,
         ray_actor_options=_asked(config.api.num_cpus, 0, config.api.label_selector),
     ).bind(config, runner, stages)
     return application
+
+
+def _asleep(config: ServiceConfig) -> ServiceConfig:
+    """The same with stages that have no replica until one is asked for something."""
+
+    def asleep(stage: StageConfig) -> StageConfig:
+        return stage.model_copy(update={"autoscaling": stage.autoscaling.model_copy(update={"min_replicas": 0})})
+
+    stages = {"text_encoder": config.text_encoder, "denoiser": config.denoiser, "decoder": config.decoder}
+    return config.model_copy(update={name: asleep(stage) for name, stage in stages.items()})
 
 
 def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool = False) -> StageHandles:
@@ -122,10 +142,10 @@ def _asked(num_cpus: float, num_gpus: float, label_selector: Mapping[str, str]) 
 
 
 def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> Any:
+    options.setdefault("graceful_shutdown_timeout_s", config.graceful_shutdown_seconds)
     return serve.deployment(
         cls,
         name=name,
-        graceful_shutdown_timeout_s=config.graceful_shutdown_seconds,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_LOOK_SECONDS,
         health_check_period_s=_HEALTH_LOOK_SECONDS,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,

@@ -29,7 +29,16 @@ from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
-from serving.pipeline.stages import Decoder, Fragment, FrameEncoder, Steerable, StepDone, TextEncoder, VideoSpec
+from serving.pipeline.stages import (
+    Decoder,
+    Fragment,
+    FrameEncoder,
+    OtherBundle,
+    Steerable,
+    StepDone,
+    TextEncoder,
+    VideoSpec,
+)
 from serving.tracing import attempting
 
 _log = logging.getLogger(__name__)
@@ -38,6 +47,8 @@ _log = logging.getLogger(__name__)
 _REPORT_SECONDS = 0.5
 # What of `progress` the steps make up; the decoded frames make up the rest.
 _STEPS_SHARE = 0.8
+# Those that a video is given back to may still be starting.
+_OTHER_BUNDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +222,11 @@ class Attempt:
         if self._cancel_requested:
             await self._fail("cancelled", "The video was cancelled.")
             return "cancelled"
+        if isinstance(error, OtherBundle):
+            # This runner is of the bundle before, and is to go: its successors know what becomes of the video.
+            await asyncio.sleep(_OTHER_BUNDLE_SECONDS)
+            await self._written(lambda: store.requeue(video.id, video.fence, count_attempt=False))
+            return "requeued"
         _log.error("%s: attempt %d failed", video.id, video.attempt, exc_info=error)
         if self._headway() > self._headway_told:
             video = await self._written(self._report_progress)

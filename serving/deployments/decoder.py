@@ -17,7 +17,7 @@ from serving.logs import about
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.pace import StageState
-from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec
+from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec, same_bundle
 from serving.tracing import NOWHERE, Carrier, span
 
 
@@ -26,6 +26,7 @@ class DecoderDeployment:
 
     def __init__(self, bundle: Path, digest: str, config: DecoderConfig, observing: ObservabilityConfig) -> None:
         start_observing(observing)
+        self._digest = digest
         loaded = Bundle.load(bundle, digest)
         self._stage = EngineDecoder.open(
             loaded,
@@ -45,19 +46,27 @@ class DecoderDeployment:
         """For `VideoPolicy`."""
         return stats_of(self._stage.state)
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, trace: Carrier = NOWHERE) -> Fragment:
+    async def decode(
+        self, video_id: str, spec: VideoSpec, chunk: LatentChunk, bundle: str, trace: Carrier = NOWHERE
+    ) -> Fragment:
+        """`bundle`, here and below, is the digest of the one that is meant. Raises `OtherBundle`."""
+        same_bundle(self._digest, bundle)
         with about(video_id=video_id), span("decode", trace, chunk=chunk.index):
             return await self._stage.decode(video_id, spec, chunk)
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, trace: Carrier = NOWHERE) -> None:
+    async def replay(
+        self, video_id: str, spec: VideoSpec, chunk: LatentChunk, bundle: str, trace: Carrier = NOWHERE
+    ) -> None:
+        same_bundle(self._digest, bundle)
         with about(video_id=video_id), span("replay", trace, chunk=chunk.index):
             await self._stage.replay(video_id, spec, chunk)
 
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)
 
-    async def encode_source(self, frames: NDArray[np.uint8], video_frames: int) -> EncodedSource:
-        """Raises `ValueError` when the bundle, changed since it was asked, can't encode."""
+    async def encode_source(self, frames: NDArray[np.uint8], video_frames: int, bundle: str) -> EncodedSource:
+        """Raises `ValueError` when the bundle can't encode."""
+        same_bundle(self._digest, bundle)
         if self._encoder is None:
-            raise ValueError("this model can't encode frames any more")
+            raise ValueError("this model can't encode frames")
         return await self._encoder.encode_source(frames, video_frames)

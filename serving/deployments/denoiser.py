@@ -21,7 +21,7 @@ from serving.deployments.scaling import stats_of
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.pace import StageState
 from serving.pipeline.scheduler import Limits, TraceLine
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering, StepDone
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering, StepDone, same_bundle
 from serving.tracing import Open
 
 _LOOK_SECONDS = 2.0
@@ -33,6 +33,7 @@ class DenoiserDeployment:
 
     def __init__(self, bundle: Path, digest: str, config: DenoiserConfig, observing: ObservabilityConfig) -> None:
         start_observing(observing)
+        self._digest = digest
         self._stage = EngineDenoiser.open(
             Bundle.load(bundle, digest),
             threads=config.threads,
@@ -43,12 +44,14 @@ class DenoiserDeployment:
         )
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
-    async def denoise(self, request: DenoiseRequest, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:
+    async def denoise(self, request: DenoiseRequest, bundle: str, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:
         """One streaming call a video; of steps that follow each other closely not each is told of.
 
         Cancelling the call takes its rows out of the batch before the next step. So does the death of `caller`, the
-        actor that asks: Ray lets a call go on that nobody hears the end of.
+        actor that asks: Ray lets a call go on that nobody hears the end of. `bundle` is the digest of the one that is
+        meant. Raises `OtherBundle`.
         """
+        same_bundle(self._digest, bundle)
         tracing = Open("denoise", request.trace)
         async with aclosing(self._stage.denoise(replace(request, trace=tracing.carrier))) as events:
             waiting = asyncio.create_task(_next(events))

@@ -63,33 +63,34 @@ class StageHandles:
 class RemoteTextEncoder:
     """`TextEncoder`, `Rewriter` and `Captioner` on whichever replica is least busy."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, bundle: str) -> None:
+        """`bundle` is its digest, here and below: a replica that serves another one refuses (`OtherBundle`)."""
+        self._handle, self._bundle = handle, bundle
 
     @_ask_another
     async def encode(self, prompt: str) -> TextEmbedding:
-        embedding: TextEmbedding = await self._handle.encode.remote(prompt, carrier())
+        embedding: TextEmbedding = await self._handle.encode.remote(prompt, self._bundle, carrier())
         return embedding
 
     @_ask_another
     async def rewrite(self, prompt: str, seed: int) -> str:
-        rewritten: str = await self._handle.rewrite.remote(prompt, seed)
+        rewritten: str = await self._handle.rewrite.remote(prompt, seed, self._bundle)
         return rewritten
 
     @_ask_another
     async def agreement(self, latents: NDArray[np.float32], prompt: str) -> float:
-        figure: float = await self._handle.agreement.remote(latents, prompt)
+        figure: float = await self._handle.agreement.remote(latents, prompt, self._bundle)
         return figure
 
 
 class RemoteDenoiser:
     """`Denoiser` as one streaming call a video. Latents come through the object store, mapped and not copied."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle.options(stream=True)
+    def __init__(self, handle: Any, bundle: str) -> None:
+        self._handle, self._bundle = handle.options(stream=True), bundle
 
     async def denoise(self, request: DenoiseRequest) -> AsyncGenerator[DenoiseEvent, None]:
-        events = self._handle.denoise.remote(request, ray.get_runtime_context().current_actor)
+        events = self._handle.denoise.remote(request, self._bundle, ray.get_runtime_context().current_actor)
         try:
             async for event in events:
                 yield event
@@ -113,8 +114,8 @@ class RemoteDecoder:
     Also `FrameEncoder`, on any of them.
     """
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, bundle: str) -> None:
+        self._handle, self._bundle = handle, bundle
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         fragment: Fragment = await self._asked("decode", video_id, spec, chunk)
@@ -132,12 +133,12 @@ class RemoteDecoder:
 
     @_ask_another
     async def encode_source(self, frames: NDArray[np.uint8], video_frames: int) -> EncodedSource:
-        source: EncodedSource = await self._handle.encode_source.remote(frames, video_frames)
+        source: EncodedSource = await self._handle.encode_source.remote(frames, video_frames, self._bundle)
         return source
 
     async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
         try:
-            return await getattr(self._session(video_id), method).remote(video_id, *args, carrier())
+            return await getattr(self._session(video_id), method).remote(video_id, *args, self._bundle, carrier())
         except _GONE as error:
             # The replica died, and the session with it: the next call goes to another one.
             raise LostSession(f"{video_id}: the decoder's replica is gone") from error
@@ -150,10 +151,11 @@ class RemoteDecoder:
 
 
 def remote_stages(handles: StageHandles, bundle_digest: str) -> Stages:
-    text_encoder, decoder = RemoteTextEncoder(handles.text_encoder), RemoteDecoder(handles.decoder)
+    text_encoder = RemoteTextEncoder(handles.text_encoder, bundle_digest)
+    decoder = RemoteDecoder(handles.decoder, bundle_digest)
     return Stages(
         text_encoder,
-        RemoteDenoiser(handles.denoiser),
+        RemoteDenoiser(handles.denoiser, bundle_digest),
         decoder,
         rewriter=text_encoder,
         captioner=text_encoder,

@@ -8,6 +8,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from models.bundle import Bundle
 from serving.api.models import Catalog
@@ -20,9 +21,12 @@ from serving.deployments.observing import start_observing
 from serving.deployments.remote import StageHandles, remote_stages
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 from serving.jobs.census import Census
+from serving.jobs.checkpoint import identity_of
+from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
 from serving.jobs.sweeper import Sweeper
+from serving.pipeline.stages import VideoSpec
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +42,12 @@ class Runner:
         *,
         max_videos: int,
         poll_seconds: float,
+        retiring: Mapping[str, Stages] | None = None,
     ) -> None:
+        """`retiring` are the stages of bundles that models had before."""
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._store, self._artifacts, self._copies = storage.videos, storage.artifacts, storage.copies
-        self._stages, self._settings = stages, settings
+        self._stages, self._retiring, self._settings = stages, retiring or {}, settings
         self._poll_seconds = poll_seconds
         self._places = asyncio.Semaphore(max_videos)
         self._attempts: set[asyncio.Task[None]] = set()
@@ -116,7 +122,7 @@ class Runner:
 
     async def _attempt(self, video: Video) -> None:
         try:
-            stages = self._stages.get(video.model)
+            stages = await asyncio.to_thread(self._stages_of, video)
             if stages is None:
                 await self._store.fail(
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
@@ -130,6 +136,15 @@ class Runner:
         finally:
             self._by_video.pop(video.id, None)
 
+    def _stages_of(self, video: Video) -> Stages | None:
+        """Its model's; for a video that began with the bundle before, those of that one."""
+        before = self._retiring.get(video.model)
+        if before is not None:
+            origin = FragmentLog.open(self._artifacts.videos_dir, video.id).origin()
+            if origin == identity_of(before.bundle_digest, asdict(VideoSpec(**video.request))):
+                return before
+        return self._stages.get(video.model)
+
     def _ended(self, attempt: asyncio.Task[None]) -> None:
         self._attempts.discard(attempt)
         self._places.release()
@@ -138,10 +153,13 @@ class Runner:
 class RunnerDeployment:
     """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
-    def __init__(self, config: ServiceConfig, handles: Mapping[str, StageHandles]) -> None:
+    def __init__(
+        self, config: ServiceConfig, handles: Mapping[str, StageHandles], retiring: Mapping[str, StageHandles]
+    ) -> None:
         start_observing(config.observability)
         storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+        self._apps = {name: of_model.denoiser.app_name for name, of_model in handles.items()}
         self._runner = Runner(
             storage,
             {name: remote_stages(of_model, bundles[name].digest) for name, of_model in handles.items()},
@@ -153,10 +171,20 @@ class RunnerDeployment:
             ),
             max_videos=config.runner.max_videos,
             poll_seconds=config.runner.poll_seconds,
+            retiring={
+                name: remote_stages(of_model, Bundle.load(config.retiring[name]).digest)
+                for name, of_model in retiring.items()
+            },
         )
         loop = asyncio.get_running_loop()
         self._running = loop.create_task(self._runner.run())
-        sweeper = Sweeper(storage.videos, storage.artifacts, files=storage.files, quota_bytes=config.quota_bytes)
+        sweeper = Sweeper(
+            storage.videos,
+            storage.artifacts,
+            files=storage.files,
+            live=storage.live,
+            quota_bytes=config.quota_bytes,
+        )
         batches = BatchWorker(
             storage, Catalog(bundles, config.model_aliases, config.text_encoder.rewriter), webhook_policy(config)
         )
@@ -185,6 +213,10 @@ class RunnerDeployment:
     async def running(self) -> int:
         """Videos in hand."""
         return self._runner.running
+
+    async def serves(self) -> Mapping[str, str]:
+        """The application of each model that videos are made on now."""
+        return self._apps
 
     async def hand_back(self) -> None:
         """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""

@@ -12,6 +12,8 @@ from serving.pipeline.pace import StageState
 from serving.scaling import ORDER, Load, Settings, decide, shares_of
 
 _SHARES = "rushes_shares"
+# Metrics are finite numbers; nobody scales for what is due so late.
+_AMPLE_SECONDS = 3600.0
 
 
 def stats_of(state: StageState) -> dict[str, float]:
@@ -20,6 +22,7 @@ def stats_of(state: StageState) -> dict[str, float]:
         "outstanding_seconds": state.outstanding_seconds,
         "in_flight": float(state.in_flight + state.waiting),
         "busy_seconds": state.busy_seconds,
+        "slack_seconds": min(state.slack_seconds, _AMPLE_SECONDS),
     }
 
 
@@ -54,6 +57,7 @@ def _load(context: Any) -> Load:
     def total(name: str) -> float:
         return float(sum((metrics.get(name) or {}).values()))
 
+    slacks = (metrics.get("slack_seconds") or {}).values()
     return Load(
         replicas=context.target_num_replicas,
         least=context.capacity_adjusted_min_replicas,
@@ -62,4 +66,6 @@ def _load(context: Any) -> Load:
         queued=context.total_queued_requests or 0.0,
         in_flight=total("in_flight"),
         busy_seconds=total("busy_seconds"),
+        slack_seconds=float(min(slacks, default=_AMPLE_SECONDS)),
+        starting=max(0, context.target_num_replicas - context.current_num_replicas),
     )

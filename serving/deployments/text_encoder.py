@@ -17,7 +17,7 @@ from serving.deployments.observing import start_observing
 from serving.deployments.scaling import stats_of
 from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.pace import StageState
-from serving.pipeline.stages import TextEmbedding
+from serving.pipeline.stages import TextEmbedding, same_bundle
 from serving.pipeline.text import EngineTextEncoder
 from serving.tracing import NOWHERE, Carrier, span
 
@@ -30,6 +30,7 @@ class TextEncoderDeployment:
     ) -> None:
         """`beside` are the model's other stages: an application is whatever its first deployment is bound to."""
         start_observing(observing)
+        self._digest = digest
         loaded = Bundle.load(bundle, digest)
         self._stage = EngineTextEncoder.open(
             loaded, threads=config.threads, provider=config.provider, plans=config.plans
@@ -46,16 +47,20 @@ class TextEncoderDeployment:
         """For `VideoPolicy`."""
         return stats_of(self._stage.state)
 
-    async def encode(self, prompt: str, trace: Carrier = NOWHERE) -> TextEmbedding:
+    async def encode(self, prompt: str, bundle: str, trace: Carrier = NOWHERE) -> TextEmbedding:
+        """`bundle`, here and below, is the digest of the one that is meant. Raises `OtherBundle`."""
+        same_bundle(self._digest, bundle)
         with span("encode", trace):
             return await self._stage.encode(prompt)
 
-    async def rewrite(self, prompt: str, seed: int) -> str:
+    async def rewrite(self, prompt: str, seed: int, bundle: str) -> str:
         """Without a rewriter the prompt stays as it is: the service's configuration was changed since it was asked."""
+        same_bundle(self._digest, bundle)
         return await self._rewriter.rewrite(prompt, seed) if self._rewriter else prompt
 
-    async def agreement(self, latents: NDArray[np.float32], prompt: str) -> float:
-        """Raises `ValueError` when the bundle, changed since it was asked, has no captioner."""
+    async def agreement(self, latents: NDArray[np.float32], prompt: str, bundle: str) -> float:
+        """Raises `ValueError` when the bundle has no captioner."""
+        same_bundle(self._digest, bundle)
         if self._captioner is None:
-            raise ValueError("this model has no captioner any more")
+            raise ValueError("this model has no captioner")
         return await self._captioner.agreement(latents, prompt)

@@ -128,7 +128,7 @@ class BatchStore:
             rows = [SqlVideoStore.to_row(video) | change for video, change in zip(videos, changes, strict=True)]
             self._database.insert_all_new(connection, _videos, rows)
             if key is not None and limit is not None:
-                balance(connection, key.id, limit)
+                balance(connection, key.id, limit, self.clock())
 
     async def pending(self, batch_id: str, limit: int) -> Sequence[str]:
         """Ids of its videos that have not ended and were not told to."""

@@ -115,6 +115,13 @@ class FragmentLog:
                 return line
         return None
 
+    def origin(self) -> str | None:
+        """What the fragments are made from, as whoever began the log has named it."""
+        try:
+            return (self.path / "origin").read_text()
+        except FileNotFoundError:
+            return None
+
     def init(self) -> bytes:
         """The init segment. Raises `FileNotFoundError` before the first fragment is there."""
         return self._init_path.read_bytes()
@@ -230,12 +237,11 @@ class LogWriter:
                 self._compare_origins(self._origin)
 
     def _compare_origins(self, origin: str) -> None:
-        path = self.log.path / "origin"
-        found = path.read_text() if path.exists() else None
+        found = self.log.origin()
         if self._count and found not in (None, origin):
             raise LogError(f"{self.log.video_id}: the model was changed after the video's first frames were shown")
         if self._count == 0:
-            _write_whole(path, origin.encode())
+            _write_whole(self.log.path / "origin", origin.encode())
         elif found is not None:
             self.trusted = self._count
 

@@ -1,6 +1,7 @@
 """Keys that may have only so many videos running: of their queue just as many can be claimed, and the rest is held.
 
-So a claim stays what it is, a seek for the first video that isn't held, however many of a key's wait behind it.
+So a claim stays what it is, a seek for the first video that isn't held, however many of a key's wait behind it. An open
+interactive session takes a video's place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, func, select, update
 
+from serving.jobs.tables import live_sessions as _live
 from serving.jobs.tables import videos as _videos
 from serving.jobs.video import HELD, VideoStatus
 
@@ -17,13 +19,13 @@ _columns = _videos.c
 _in_turn = (_columns.priority, _columns.created_at, _columns.id)
 
 
-def balance(connection: Connection, owner: str, max_running: int) -> None:
-    """After `owner`'s queue has changed, in the same transaction, with its key's row locked.
+def balance(connection: Connection, owner: str, max_running: int, now: float) -> None:
+    """After `owner`'s queue or sessions have changed, in the same transaction, with its key's row locked.
 
     Rows that somebody else has locked are left alone: they are being claimed or cancelled, and whoever does that
     balances again.
     """
-    running = _count(connection, owner, _columns.status == VideoStatus.IN_PROGRESS)
+    running = running_videos(connection, owner) + open_sessions(connection, owner, now)
     queued = (_columns.status == VideoStatus.QUEUED, _columns.priority < HELD)
     free = max_running - running - _count(connection, owner, *queued)
     held = _first(owner).where(_columns.priority >= HELD)
@@ -39,6 +41,17 @@ def balance(connection: Connection, owner: str, max_running: int) -> None:
     elif waiting and ready and waiting[0].priority - HELD < ready[0].priority:
         _shift(connection, ready, HELD)
         _shift(connection, waiting, -HELD)
+
+
+def running_videos(connection: Connection, owner: str) -> int:
+    """How many of `owner`'s are being made."""
+    return _count(connection, owner, _columns.status == VideoStatus.IN_PROGRESS)
+
+
+def open_sessions(connection: Connection, owner: str, now: float) -> int:
+    """How many interactive sessions of `owner`'s some replica still has."""
+    alive = select(func.count()).where(_live.c.owner == owner, _live.c.lease_until > now)
+    return int(connection.execute(alive).scalar_one())
 
 
 def _first(owner: str) -> Select[Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from serving.jobs.database import Database
+from serving.jobs.holding import open_sessions, running_videos
 from serving.jobs.ids import new_id
 from serving.jobs.tables import keys as _keys
 from serving.jobs.tables import videos as _videos
@@ -32,7 +33,7 @@ class LimitReached(RuntimeError):  # noqa: N818
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """None means no limit: on videos asked for in a minute, on those that are queued or running at a time, and on those
-    that are running.
+    that are running. An open interactive session counts as a running video.
 
     A batch's videos count only for the last: they wait until nobody else does. `webhook_url` is told of every video's
     and every batch's end, beside the one that its request names.
@@ -108,10 +109,7 @@ def check_limits(connection: Connection, key: ApiKey, now: float) -> None:
     mine = select(func.count(), func.min(_videos.c.created_at)).where(
         _videos.c.owner == owner, _videos.c.batch_id.is_(None)
     )
-    if key.max_unfinished is not None:
-        unfinished = mine.where(_videos.c.status.in_((VideoStatus.QUEUED, VideoStatus.IN_PROGRESS)))
-        if connection.execute(unfinished).one()[0] >= key.max_unfinished:
-            raise LimitReached(f"At most {key.max_unfinished} videos may be queued or running.", _BUSY_SECONDS)
+    check_unfinished(connection, key, now)
     if key.max_per_minute is not None:
         # Ids sort by time, which is what the index on them is good for.
         count, oldest = connection.execute(
@@ -123,6 +121,28 @@ def check_limits(connection: Connection, key: ApiKey, now: float) -> None:
             raise LimitReached(
                 f"At most {key.max_per_minute} videos may be asked for in a minute.", oldest + _MINUTE_SECONDS - now
             )
+
+
+def check_unfinished(connection: Connection, key: ApiKey, now: float) -> None:
+    """Whether one more video or session may be begun. Raises `LimitReached`."""
+    if key.max_unfinished is None:
+        return
+    unfinished = select(func.count()).where(
+        _videos.c.owner == key.id,
+        _videos.c.batch_id.is_(None),
+        _videos.c.status.in_((VideoStatus.QUEUED, VideoStatus.IN_PROGRESS)),
+    )
+    if connection.execute(unfinished).scalar_one() + open_sessions(connection, key.id, now) >= key.max_unfinished:
+        message = f"At most {key.max_unfinished} videos and sessions may be queued or running."
+        raise LimitReached(message, _BUSY_SECONDS)
+
+
+def check_running(connection: Connection, key: ApiKey, now: float) -> None:
+    """Whether one more may run at once: for a session, which can't wait. Raises `LimitReached`."""
+    if key.max_running is None:
+        return
+    if running_videos(connection, key.id) + open_sessions(connection, key.id, now) >= key.max_running:
+        raise LimitReached(f"At most {key.max_running} videos and sessions may run at a time.", _BUSY_SECONDS)
 
 
 def _digest(secret: str) -> str:

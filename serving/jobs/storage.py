@@ -9,6 +9,7 @@ from serving.jobs.batches import BatchStore
 from serving.jobs.database import Database
 from serving.jobs.files import FileStore
 from serving.jobs.keys import KeyStore
+from serving.jobs.live import LiveSessions
 from serving.jobs.log_copies import LogCopies
 from serving.jobs.news import LogNews
 from serving.jobs.outbox import Outbox
@@ -26,6 +27,7 @@ class Storage:
     batches: BatchStore
     outbox: Outbox
     keys: KeyStore
+    live: LiveSessions
     copies: LogCopies | None = None
 
     @classmethod
@@ -41,5 +43,6 @@ class Storage:
             BatchStore(database, videos),
             Outbox(database),
             KeyStore(database),
+            LiveSessions(database),
             LogCopies(artifacts, videos, LogNews(database)) if copy_logs else None,
         )

@@ -174,7 +174,7 @@ class SqlVideoStore:
             held = {} if limit is None else {"priority": created.priority + HELD}
             connection.execute(insert(_videos), self.to_row(created) | held)
             if limit is not None:
-                balance(connection, str(created.owner), limit)
+                balance(connection, str(created.owner), limit, self._clock())
         return created
 
     def _once(self, connection: Connection, video: Video, asked: Idempotency) -> Video | None:
@@ -306,7 +306,7 @@ class SqlVideoStore:
         if changed.status.final and not video.status.final:
             key = locked_key(connection, video.owner)
             if key is not None and key.max_running is not None:
-                balance(connection, key.id, key.max_running)
+                balance(connection, key.id, key.max_running, self._clock())
             kind = f"video.{changed.status.value}"
             announce_to(
                 connection,

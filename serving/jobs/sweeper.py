@@ -7,6 +7,7 @@ import logging
 
 from serving.jobs.artifacts import CHECKPOINTS, Artifacts, checkpoint_key
 from serving.jobs.files import FileStore
+from serving.jobs.live import LiveSessions
 from serving.jobs.protocol import VideoStore
 from serving.jobs.video import Video
 
@@ -27,13 +28,14 @@ class Sweeper:
         artifacts: Artifacts,
         *,
         files: FileStore | None = None,
+        live: LiveSessions | None = None,
         quota_bytes: int | None = None,
     ) -> None:
-        """Uploaded `files` that have expired go too.
+        """Uploaded `files` that have expired go too, and `live` sessions whose replica has died.
 
         Beyond `quota_bytes` of videos, fragment logs included, those that expire soonest go early.
         """
-        self._store, self._artifacts, self._files = store, artifacts, files
+        self._store, self._artifacts, self._files, self._live = store, artifacts, files, live
         self._quota_bytes = quota_bytes
 
     async def run(self, every_seconds: float) -> None:
@@ -48,6 +50,8 @@ class Sweeper:
     async def sweep(self) -> int:
         """Delete what may go; how many videos that were."""
         await asyncio.to_thread(self._artifacts.clear_scratch)
+        if self._live is not None:
+            await self._live.forget_lapsed()
         while self._files is not None and (files := await self._files.expired(_AT_A_TIME)):
             for file in files:
                 await self._files.remove(file)

@@ -128,6 +128,17 @@ deliveries = Table(
     Index("deliveries_due", "next_at"),
 )
 
+# Interactive sessions of keys, as long as the replica that has them says so.
+live_sessions = Table(
+    "live_sessions",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("lease_until", Float, nullable=False),
+    Index("live_sessions_owned", "owner", "lease_until"),
+    Index("live_sessions_leases", "lease_until"),
+)
+
 keys = Table(
     "keys",
     metadata,

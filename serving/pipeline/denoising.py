@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,7 +114,10 @@ class EngineDenoiser:
         """How it stands. A video that waits for a place counts as much as the others did on average."""
         waiting = self._waiting * self._opened_tokens / max(1, self._opened)
         seconds = self._pace.seconds(self.outstanding_tokens + waiting)
-        return StageState(self._waiting, len(self._places), seconds, self._pace.busy_seconds)
+        # Nobody plays a video yet whose first chunk isn't out.
+        now, played = time.monotonic(), [id for id, place in self._places.items() if place.plays_at is not None]
+        slack = min((self._scheduler.slack_seconds(id, now) for id in played), default=math.inf)
+        return StageState(self._waiting, len(self._places), seconds, self._pace.busy_seconds, slack)
 
     @property
     def trace(self) -> Sequence[TraceLine]:

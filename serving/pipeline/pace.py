@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from serving.metrics import STAGE_BUSY, STAGE_CALL
@@ -13,12 +14,14 @@ _REMEMBERED_CALLS = 50.0
 @dataclass(frozen=True, slots=True)
 class StageState:
     """A stage in one replica: calls or videos that wait for a place, those in work, and the seconds that all of them
-    together will take here; `busy_seconds` is what its engines have run in all."""
+    together will take here; `busy_seconds` is what its engines have run in all. Of the videos that are being played,
+    the one that is nearest to running dry could wait for `slack_seconds` and still be in time."""
 
     waiting: int
     in_flight: int
     outstanding_seconds: float
     busy_seconds: float = 0.0
+    slack_seconds: float = math.inf
 
 
 class Pace:

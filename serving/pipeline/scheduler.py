@@ -116,6 +116,12 @@ class StepScheduler:
         """The work that is left: rows times tokens times steps over all sessions."""
         return sum(p.remaining * p.entry.tokens for p in self._places.values())
 
+    def slack_seconds(self, id: Hashable, now: float) -> float:
+        """How long a session could wait and still be in time: less than nothing when it is late, and for ever when it
+        isn't due or isn't here."""
+        place = self._places.get(id)
+        return math.inf if place is None else self._slack(place, now)
+
     def add(self, entry: Entry) -> None:
         """Raises `ValueError` for a session that no call could hold, or whose id is here already."""
         if entry.id in self._places:

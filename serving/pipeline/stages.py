@@ -215,6 +215,16 @@ class Decoder(Protocol):
         """Free the session's cache; harmless when there is none."""
 
 
+class OtherBundle(LookupError):  # noqa: N818
+    """The stage is of another bundle by now: whoever asks has begun with the one before."""
+
+
+def same_bundle(served: str, asked: str) -> None:
+    """Both are bundles' digests. Raises `OtherBundle` when they differ: half a video of each would be neither's."""
+    if served != asked:
+        raise OtherBundle("the model was changed while the video was made")
+
+
 class LostSession(LookupError):  # noqa: N818
     """A stage doesn't have the video's session any more. The decoder has none that ends at the chunk before: replay the
     video's chunks from 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serving.config import ServiceConfig, StageConfig
 from serving.validation.findings import Finding
@@ -65,12 +65,14 @@ def demands_of(config: ServiceConfig) -> list[Demand]:
         )
 
     found = []
-    for model in config.models:
-        found += [
+    retiring = [f"{model}-retiring" for model in config.retiring]
+    for model in [*config.models, *retiring]:
+        of_model = [
             stage(f"{model}-text-encoder", config.text_encoder),
             stage(f"{model}-denoiser", config.denoiser),
             stage(f"{model}-decoder", config.decoder),
         ]
+        found += [replace(each, least=0) for each in of_model] if model in retiring else of_model
     for name, part in (("runner", config.runner), ("api", config.api)):
         found.append(Demand(name, part.num_cpus, 0, part.label_selector, part.replicas, part.replicas))
     return found

@@ -26,8 +26,8 @@ def check_service(
     found = _contradictions(config)
     if not secrets:
         found += _one_machine(config)
-    for name, path in config.models.items():
-        where = f"models.{name}"
+    named = [(f"{key}.{name}", path) for key in ("models", "retiring") for name, path in getattr(config, key).items()]
+    for where, path in named:
         try:
             bundle = Bundle.load(path.expanduser())
         except BundleError as error:

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+from marked import Mark
 
 # What each process of the service is called, by a part of its command line.
 PROCESSES = {
@@ -30,7 +30,6 @@ PROCESSES = {
     "head (raylet)": "raylet/raylet",
     "rushes serve": "serving.cli",
 }
-_MARK = "RUSHES_SUPERVISED"
 
 
 class SupervisedService:
@@ -40,7 +39,7 @@ class SupervisedService:
         """`config` is the service's; its log is `directory / "serve.log"`."""
         self.url = f"http://127.0.0.1:{config['port']}"
         self.starts = 0
-        self._mark = uuid.uuid4().hex
+        self._mark = Mark()
         self._file, self._log = directory / "config.json", directory / "serve.log"
         self._file.write_text(json.dumps(config, default=str))  # JSON is YAML
         self._stopping = threading.Event()
@@ -60,9 +59,7 @@ class SupervisedService:
         self._stopping.set()
         self.signal(signal.SIGKILL)
         self._supervisor.join()
-        for pid in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._mark.kill_all()
 
     def wait_until_up(self, timeout_seconds: float = 300) -> None:
         give_up_at = time.monotonic() + timeout_seconds
@@ -76,14 +73,7 @@ class SupervisedService:
 
     def processes(self) -> dict[int, str]:
         """All that live, Ray's too: their command lines."""
-        found = {}
-        mark = f"{_MARK}={self._mark}".encode()
-        for path in Path("/proc").iterdir():
-            with suppress(OSError):
-                if not path.name.isdigit() or mark not in (path / "environ").read_bytes() or _state(path) == "Z":
-                    continue
-                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return found
+        return self._mark.processes()
 
     def kill(self, name: str) -> bool:
         """SIGKILL to one process of this name (see `PROCESSES`); whether there was one."""
@@ -110,7 +100,7 @@ class SupervisedService:
 
     def _supervise(self) -> None:
         command = [sys.executable, "-c", "from serving.cli import main; main()", "serve", "--config", str(self._file)]
-        environment = {**os.environ, _MARK: self._mark}
+        environment = {**os.environ, **self._mark.environment}
         while not self._stopping.is_set():
             self.starts += 1
             with self._log.open("ab") as log:
@@ -119,7 +109,3 @@ class SupervisedService:
                 )
             self._process.wait()
             self._stopping.wait(1.0)
-
-
-def _state(path: Path) -> str:
-    return (path / "stat").read_text().rpartition(")")[2].split()[0]

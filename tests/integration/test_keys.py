@@ -21,6 +21,7 @@ from serving.config import ServiceConfig
 from serving.jobs.batches import Batch, BatchStatus, BatchStore, new_batch_id
 from serving.jobs.database import Database
 from serving.jobs.keys import KeyStore, LimitReached
+from serving.jobs.live import LEASE_SECONDS, LiveSessions
 from serving.jobs.outbox import Outbox
 from serving.jobs.store import Idempotency, SqlVideoStore, Video, VideoStatus, new_video_id
 from serving.jobs.video import BATCH
@@ -195,6 +196,47 @@ async def test_what_matters_more_runs_first_within_a_key(database: Database) -> 
         await store.complete(running.id, running.fence)
         (running,) = await claim_all(store)
         assert running.id == line.id
+
+
+async def test_an_open_session_takes_a_running_videos_place(database: Database) -> None:
+    clock = Clock()
+    key, _ = KeyStore(database).create("dailies", max_running=2)
+    live, store = LiveSessions(database, clock=clock), SqlVideoStore(database, clock=clock)
+    await live.open("sess_1", key.id)
+    mine = [(await store.create(video_of(key.id))).id for _ in range(3)]
+    (first,) = await claim_all(store)
+    with pytest.raises(LimitReached, match="2 videos and sessions may run"):
+        await live.open("sess_2", key.id)
+    await live.close("sess_1", key.id)
+    (second,) = await claim_all(store)
+    assert [first.id, second.id] == mine[:2]
+    for video in (first, second):
+        await store.fail(video.id, video.fence, "generation_failed", "out of memory")
+    for session in ("sess_2", "sess_3"):
+        await live.open(session, key.id)
+    assert await claim_all(store) == [], "the third could have been claimed, and waits again"
+    clock.now += LEASE_SECONDS - 1
+    assert await live.renew("sess_2", key.id)
+    clock.now += 2
+    assert await live.forget_lapsed() == 1
+    assert [video.id for video in await claim_all(store)] == [mine[2]]
+
+
+async def test_an_open_session_is_unfinished(database: Database) -> None:
+    keys, live, store = KeyStore(database), LiveSessions(database), SqlVideoStore(database)
+    key, _ = keys.create("dailies", max_unfinished=1)
+    other, _ = keys.create("others")
+    await live.open("sess_1", key.id)
+    await live.open("sess_2", other.id)
+    with pytest.raises(LimitReached):
+        await store.create(video_of(key.id))
+    await live.close("sess_1", key.id)
+    await store.create(video_of(key.id))
+    with pytest.raises(LimitReached, match="1 videos and sessions may be queued"):
+        await live.open("sess_1", key.id)
+    assert await live.renew("sess_2", other.id)
+    keys.revoke(other.id)
+    assert not await live.renew("sess_2", other.id)
 
 
 async def test_many_at_once_leave_the_limit_as_it_is(database: Database) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from service import Service, WholeService, served, until
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from models.bundle import Bundle
+from serving.api.places import Places
 from serving.client import ApiError, AsyncRealtime, AsyncRushes, LiveChunk, Rushes
 from serving.config import RealtimeConfig
 from serving.media.fmp4 import codec_string
@@ -23,13 +25,13 @@ from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Fragment, LatentChunk, LostSession
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 
 PROMPT, OTHER = "a red ball bouncing on a sand floor at sunset", "a blue cube"
 ASKED: dict[str, Any] = {"seed": 7, "size": "64x64", "num_inference_steps": 2}
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pipeline(tiny_causal_bundle: Bundle) -> AsyncIterator[LocalPipeline]:
     async with LocalPipeline.open(tiny_causal_bundle) as opened:
         yield opened
@@ -214,10 +216,10 @@ async def say(socket: ClientConnection, kind: str, **fields: Any) -> None:
     await socket.send(json.dumps({"type": kind, **fields}))
 
 
-async def heard(socket: ClientConnection, kind: str) -> dict[str, Any]:
+async def heard(socket: ClientConnection, *kinds: str) -> dict[str, Any]:
     while True:
         message = await socket.recv()
-        if isinstance(message, str) and (event := json.loads(message))["type"] == kind:
+        if isinstance(message, str) and (event := json.loads(message))["type"] in kinds:
             found: dict[str, Any] = event
             return found
 
@@ -247,6 +249,64 @@ async def test_only_so_many_sessions_at_a_time(service: WholeService) -> None:
         await one.wait_closed()
         await say(two, "session.create", session={"prompt": PROMPT, **ASKED})
         await heard(two, "session.created")
+
+
+async def test_a_keys_limits_hold_for_sessions_and_videos_together(service: WholeService) -> None:
+    """What is refused is never opened, and a session's place is free when it ends."""
+    service.require_keys = True
+    _, secret = service.storage.keys.create("me", max_unfinished=1)
+    headers = {"Authorization": f"Bearer {secret}"}
+    asked = {"prompt": PROMPT, **ASKED}
+    async with service.running() as client:
+        client.headers.update(headers)
+        url = str(client.base_url)
+        async with opened(url, additional_headers=headers) as one, opened(url, additional_headers=headers) as two:
+            await say(one, "session.create", session=asked)
+            await heard(one, "session.created")
+            await say(two, "session.create", session=asked, event_id="mine")
+            error = (await heard(two, "error"))["error"]
+            assert (error["code"], error["event_id"]) == ("rate_limit_exceeded", "mine")
+            assert (await heard(two, "session.ended"))["reason"] == "refused"
+            await two.wait_closed()
+            assert two.close_code == 1013
+            refused = await client.post("/v1/videos", json=asked)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            async with AsyncRushes(url, api_key=secret) as rushes:
+                with pytest.raises(ApiError, match="1 videos and sessions") as limited:
+                    await rushes.realtime(**asked).__aenter__()
+            assert limited.value.status == 429
+            await say(one, "session.stop")
+            await one.wait_closed()
+        while (await client.post("/v1/videos", json=asked)).status_code != 200:
+            pass  # its place is given back a moment after the connection's end
+
+
+async def test_a_session_ends_with_its_chunk_in_hand_when_its_model_goes(
+    service: WholeService, pipeline: LocalPipeline
+) -> None:
+    places = service.places = Places(4, service.storage.live)
+    create: dict[str, Any] = {"session": {"prompt": PROMPT, **ASKED}}
+    async with service.running() as client:
+        url = str(client.base_url)
+        async with opened(url) as playing, opened(url) as paused, opened(url) as late:
+            await say(playing, "session.create", **create)
+            await say(paused, "session.create", **create)
+            await fragment(paused)
+            await say(paused, "session.pause")
+            assert (await fragment(playing))["index"] == 0
+            await until(lambda: pipeline.denoiser.outstanding_tokens > 0)
+            places.withdraw({"tiny": "model_replaced"})
+            await say(late, "session.create", **create)
+            assert (await heard(late, "error"))["error"]["code"] == "model_unavailable"
+            indices = []
+            for socket in (playing, paused):
+                while (event := await heard(socket, "fragment", "session.ended"))["type"] == "fragment":
+                    indices.append(event["index"])
+                assert (event["reason"], "replaced" in event["message"]) == ("model_replaced", True)
+                await socket.wait_closed()
+                assert socket.close_code == 1012
+            assert 1 in indices
+            await until(lambda: idle(pipeline))
 
 
 @pytest.mark.parametrize(("limits", "reason"), [({"idle_seconds": 0.2}, "idle"), ({"max_seconds": 0.2}, "too_long")])

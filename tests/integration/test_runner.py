@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from service import WholeService, until
 
 from models.bundle import Bundle
+from serving.deployments.attempt import Stages
 from serving.engines.engine import EngineError
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus
 from serving.jobs.sweeper import Sweeper
 from serving.media.trailer import error_box
 from serving.pipeline.local import LocalPipeline
-from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec
+from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec, same_bundle
 
 ASKED = {"prompt": "a red ball", "seconds": 4, "seed": 7, "num_inference_steps": 2}
 
@@ -33,6 +35,23 @@ class GatedDecoder:
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
         if chunk.index >= self._first_gated_chunk:
             await self.gate.wait()
+        return await self._decoder.decode(video_id, spec, chunk)
+
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+        await self._decoder.replay(video_id, spec, chunk)
+
+    async def close(self, video_id: str) -> None:
+        await self._decoder.close(video_id)
+
+
+class ReplacedDecoder:
+    """The real decoder, until another bundle's takes its place."""
+
+    def __init__(self, pipeline: LocalPipeline, first_chunk: int) -> None:
+        self._decoder, self._first_chunk = pipeline.decoder, first_chunk
+
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        same_bundle("now" if chunk.index >= self._first_chunk else "before", "before")
         return await self._decoder.decode(video_id, spec, chunk)
 
     async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
@@ -95,6 +114,29 @@ async def test_a_finished_video_has_its_file_before_it_is_called_completed(servi
     assert (thumbnail.content[8:12], sheet.content[:2]) == (b"WEBP", b"\xff\xd8")
     assert video.stored_bytes > len(content.content) + len(thumbnail.content) + len(sheet.content)
     assert content.content == (service.videos_dir / video_id / "video.mp4").read_bytes()
+
+
+async def test_a_video_that_began_with_the_bundle_before_is_finished_by_it(service: WholeService) -> None:
+    """Its decoder is replaced while it is watched: the runner gives it back, and a new one's old stages go on."""
+    service.stages["bundle_digest"] = "before"
+    before = Stages(**service.stages)
+    service.stages["decoder"] = ReplacedDecoder(service.pipeline, 3)
+    async with service.running() as client:
+        video_id = (await client.post("/v1/videos", json=ASKED)).json()["id"]
+        log = FragmentLog.open(service.videos_dir, video_id)
+        await until(lambda: len(log.entries()) == 3)
+        given_back = await in_state(service, video_id, lambda status: status is VideoStatus.QUEUED)
+    assert (given_back.attempt, len(log.entries())) == (0, 3)
+    # The bundle now could not make it.
+    service.stages |= {"bundle_digest": "now", "denoiser": BrokenDenoiser()}
+    service.retiring = {"tiny": before}
+    async with service.running():
+        assert (await ended(service, video_id)).status is VideoStatus.COMPLETED
+    service.stages, service.retiring = {field.name: getattr(before, field.name) for field in fields(before)}, {}
+    async with service.running() as client:
+        undisturbed = (await client.post("/v1/videos", json=ASKED)).json()["id"]
+        assert (await ended(service, undisturbed)).status is VideoStatus.COMPLETED
+    assert list(log.fragments()) == list(FragmentLog.open(service.videos_dir, undisturbed).fragments())
 
 
 async def test_an_attempt_that_fails_is_tried_again_and_then_said(service: WholeService) -> None:

@@ -28,6 +28,8 @@ YAML_FOR_RAY = Path(__file__).parents[2] / "serving" / "deployments" / "rushes.y
         ({"decoder": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "decoder.autoscaling"),
         ({"text_encoder": {"threads": 0}}, "text_encoder.threads"),
         ({"lease_seconds": 0}, "lease_seconds"),
+        ({"retiring": {"other": "/bundles/old"}}, "retiring.other"),
+        ({"models": {"wan": "/bundles/wan"}, "retiring": {"wan": "/bundles/wan"}}, "retiring.wan"),
         ([], "the whole"),
     ],
     ids=str,
@@ -54,6 +56,8 @@ def test_files_are_read_and_refused_by_name(tmp_path: Path) -> None:
 def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models\.big: no bundle at"):
         ServiceConfig(models={"big": tmp_path}).resolved()
+    with pytest.raises(ConfigError, match=r"retiring\.mini: no bundle at"):
+        ServiceConfig(retiring={"mini": tmp_path}).resolved()
 
 
 def test_the_defaults_fit_on_two_cores() -> None:

@@ -71,6 +71,22 @@ def test_just_enough_does_not_come_and_go() -> None:
     assert decide(loads(denoiser=busy(1, replicas=3)), SETTINGS, SHARES)["denoiser"] == 1
 
 
+def test_streams_that_would_run_dry_ask_for_one_more() -> None:
+    late = busy(20, slack_seconds=-0.3)
+    assert (late.in_flight, decide(loads(denoiser=late), SETTINGS, SHARES)["denoiser"]) == (2, 2)
+    in_time = replace(late, slack_seconds=SETTINGS.stream_seconds)
+    assert decide(loads(denoiser=in_time), SETTINGS, SHARES)["denoiser"] == 1
+    # One at a time, and never more than there are streams to share them.
+    many = replace(late, in_flight=4.0, replicas=2, starting=1)
+    assert decide(loads(denoiser=many), SETTINGS, SHARES)["denoiser"] == 2
+    assert decide(loads(denoiser=replace(many, starting=0)), SETTINGS, SHARES)["denoiser"] == 3
+    alone = replace(late, in_flight=2.0, replicas=2)
+    assert decide(loads(denoiser=alone), SETTINGS, SHARES)["denoiser"] == 1
+    # What is there stays while anybody is late.
+    assert decide(loads(denoiser=replace(many, replicas=3)), SETTINGS, SHARES)["denoiser"] == 3
+    assert decide(loads(denoiser=replace(late, most=1)), SETTINGS, SHARES)["denoiser"] == 1
+
+
 def test_an_idle_model_goes_and_all_its_stages_come_back_together() -> None:
     asleep = Load(replicas=0, least=0, most=4)
     assert decide(dict.fromkeys(ORDER, replace(asleep, replicas=1)), SETTINGS, SHARES) == dict.fromkeys(ORDER, 0)
@@ -144,9 +160,12 @@ def test_a_rush_hour() -> None:
 
 
 def context(load: Load, **state: Any) -> SimpleNamespace:
-    stats = stats_of(StageState(0, round(load.in_flight), load.outstanding_seconds, load.busy_seconds))
+    stands = StageState(0, round(load.in_flight), load.outstanding_seconds, load.busy_seconds, load.slack_seconds)
+    stats = stats_of(stands)
+    assert all(math.isfinite(value) for value in stats.values())
     return SimpleNamespace(
         target_num_replicas=load.replicas,
+        current_num_replicas=load.replicas - load.starting,
         capacity_adjusted_min_replicas=load.least,
         capacity_adjusted_max_replicas=load.most,
         total_queued_requests=load.queued,
@@ -168,6 +187,12 @@ def test_the_policy_speaks_rays_language() -> None:
     fresh = {stage: replace(load, busy_seconds=0.0) for stage, load in ran.items()}
     again = {ids[stage]: context(load, **states.get(ids[stage], {})) for stage, load in fresh.items()}
     assert policy(again)[0] == {ids["text-encoder"]: 1, ids["denoiser"]: 8, ids["decoder"]: 2}
+    late = contexts | {ids["denoiser"]: context(replace(IDLE, in_flight=3.0, slack_seconds=-1.0))}
+    assert policy(late)[0][ids["denoiser"]] == 2
+    starting = contexts | {
+        ids["denoiser"]: context(replace(IDLE, replicas=2, in_flight=3.0, slack_seconds=-1, starting=1))
+    }
+    assert policy(starting)[0][ids["denoiser"]] == 2
 
 
 def test_a_misspelt_setting_is_refused() -> None:
