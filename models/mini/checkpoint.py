@@ -21,7 +21,9 @@ from models.mini.networks import TEXT_LENGTH, build_scheduler, build_transformer
 from models.mini.rewriter import Rewriter
 from models.mini.scene import FPS, FRAMES, HEIGHT, WIDTH
 from models.mini.train_causal import FEW_STEPS, GUIDANCE, WINDOW
+from models.mini.train_tiny_decoder import build_tiny_decoder
 from models.mini.train_vae import trained_vae
+from models.tiny_decoder import TINY_DECODER
 
 SETTINGS: dict[str, Any] = {
     "name": "mini",
@@ -97,6 +99,15 @@ def save_words(folder: Path, path: Path) -> None:
             module.save(path / name)
 
 
+def save_tiny_decoder(folder: Path, path: Path) -> None:
+    """The newest averaged tiny decoder of a training folder, if it has one."""
+    state = folder / "tiny_decoder-averaged.pt"
+    if state.exists():
+        decoder = build_tiny_decoder()
+        decoder.load_state_dict(torch.load(state, weights_only=True)["tiny_decoder"])
+        decoder.save(path / TINY_DECODER)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
@@ -108,6 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.only_words:
         save(assemble(options.folder, options.stage), options.output, options.stage)
+        save_tiny_decoder(options.folder, options.output)
     save_words(options.folder, options.output)
     print(options.output)
 

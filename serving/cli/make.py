@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from serving.cli.terminal import Bundle, Prompt, Seconds, Seed, Size, alone, console, output_file, said_in_one_line
+from serving.cli.terminal import Bundle, Prompt, Seconds, Seed, Size, by_name, console, output_file, said_in_one_line
 from serving.config import MINI_BUNDLE, ConfigError
 
 
@@ -113,7 +113,7 @@ def demo(
 
     with said_in_one_line():
         output_file(output)
-        run_demo(alone(bundle), {"prompt": prompt, "seconds": seconds, "seed": seed}, output, console)
+        run_demo(by_name([bundle]), {"prompt": prompt, "seconds": seconds, "seed": seed}, output, console)
         print(output)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.terminal import BAD_INPUT, Config, alone, console, plain, said_in_one_line
+from serving.cli.terminal import BAD_INPUT, Config, by_name, console, plain, said_in_one_line
 from serving.config import ConfigError, ServiceConfig, bundled, load_config, parse_config
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
     bundle: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             parser=bundled,
             metavar="PATH",
-            help="Serve this bundle alone, under its own name: a directory, or mini-causal, which live sessions need.",
+            help="Serve this bundle and no other, under its own name; may be repeated. A directory, or mini or "
+            "mini-causal, which are bundled; live sessions need a causal one.",
         ),
     ] = None,
 ) -> None:
@@ -38,8 +39,8 @@ def serve(
         settings = load_config(config) if config else ServiceConfig()
         given = {"host": host, "port": port, "data_dir": data_dir}
         values = settings.model_dump() | {key: value for key, value in given.items() if value is not None}
-        if bundle is not None:
-            values["models"] = alone(bundle)
+        if bundle:
+            values["models"] = by_name(bundle)
         return parse_config(values, "options")
 
     with said_in_one_line():

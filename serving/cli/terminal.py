@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -79,8 +80,11 @@ def output_file(path: Path) -> None:
         raise ConfigError(f"{path.absolute().parent} can't be written to")
 
 
-def alone(bundle: Path) -> dict[str, Path]:
-    """One bundle as a service's `models`, under its own name."""
+def by_name(bundles: Sequence[Path]) -> dict[str, Path]:
+    """Bundles as a service's `models`, each under its own name."""
     from models.bundle import Bundle as LoadedBundle
 
-    return {LoadedBundle.load(bundle).manifest.name: bundle}
+    named = [(LoadedBundle.load(bundle).manifest.name, bundle) for bundle in bundles]
+    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+        raise ConfigError(f"two bundles have the name {twice[0]}; give them names in a configuration's `models`")
+    return dict(named)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from serving.config import ConfigError, ServiceConfig, load_config, parse_config
+from serving.config import BUNDLED, ConfigError, ServiceConfig, bundled, load_config, parse_config
 
 YAML_FOR_RAY = Path(__file__).parents[2] / "serving" / "deployments" / "rushes.yaml"
 
@@ -58,6 +58,15 @@ def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
         ServiceConfig(models={"big": tmp_path}).resolved()
     with pytest.raises(ConfigError, match=r"retiring\.mini: no bundle at"):
         ServiceConfig(retiring={"mini": tmp_path}).resolved()
+
+
+def test_bundled_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config({"models": {"ours": "mini", "live": "mini-causal"}}).resolved()
+    assert config.models == {"ours": BUNDLED["mini"].resolve(), "live": BUNDLED["mini-causal"].resolve()}
+    assert bundled("mini-other") == Path("mini-other")
+    (tmp_path / "mini").mkdir()  # the user's own comes first
+    assert bundled("mini") == Path("mini")
 
 
 def test_the_defaults_fit_on_two_cores() -> None:
