@@ -116,12 +116,12 @@ async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_ret
     await making.show(3)
     await making.complete()
     await late.until("document.getElementById('state').textContent === 'Finished'")
-    assert await late.page.evaluate("document.querySelectorAll('#lane-decode button').length") == 4
-    assert await late.page.evaluate("document.querySelector('[data-coming]')") is None
     await late.until(f"{BUFFERED} > 2.8")
     assert await late.shows(44)
     assert await late.page.evaluate("document.getElementById('player').duration") == pytest.approx(45 / FPS, abs=0.01)
     assert late.errors == []
+    assert await late.page.evaluate("document.querySelectorAll('#lane-decode button').length") == 4
+    assert await late.page.evaluate("document.querySelector('[data-coming]')") is None
 
 
 @pytest.mark.parametrize(("codec", "name"), [("av1", "av01.0.00M.08"), ("vp9", "vp09.00.10.08")])
