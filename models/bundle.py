@@ -40,6 +40,7 @@ from models.manifest import (
     SamplerInfo,
     TensorInfo,
     TextInfo,
+    TinyDecoderInfo,
     TokenShift,
     WordsInfo,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "SamplerInfo",
     "TensorInfo",
     "TextInfo",
+    "TinyDecoderInfo",
     "TokenShift",
     "WordsInfo",
     "sha256_of",
