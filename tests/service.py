@@ -19,6 +19,7 @@ from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.creation import WebhookPolicy
 from serving.api.models import Catalog
+from serving.api.places import Places
 from serving.config import RealtimeConfig
 from serving.deployments.attempt import AttemptSettings, Stages
 from serving.deployments.batches import BatchWorker
@@ -161,6 +162,7 @@ class WholeService:
         self.runner: Runner | None = None
         self.retiring: dict[str, Stages] = {}
         self.realtime = RealtimeConfig()
+        self.places: Places | None = None
 
     def new_runner(self) -> Runner:
         settings = AttemptSettings(lease_seconds=30, max_attempts=2)
@@ -185,6 +187,7 @@ class WholeService:
             require_keys=self.require_keys,
             stages={"tiny": Stages(**self.stages)},
             realtime=self.realtime,
+            places=self.places,
         )
         batches = BatchWorker(self.storage, Catalog(bundles, aliases), self.webhooks)
         loops = [runner.run(), batches.run(poll_seconds=0.05)]

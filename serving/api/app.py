@@ -21,6 +21,7 @@ from serving.api.files import files_router
 from serving.api.hls import hls_router
 from serving.api.load import AskStages, load_router, no_stages
 from serving.api.models import Catalog, models_router
+from serving.api.places import Places
 from serving.api.playground import playground_router
 from serving.api.queueing import TAKE_FILES, VideoQueue, Wake
 from serving.api.realtime import realtime_router
@@ -48,12 +49,14 @@ def create_api(
     ask_stages: AskStages = no_stages,
     stages: Mapping[str, LiveStages] | None = None,
     realtime: RealtimeConfig | None = None,
+    places: Places | None = None,
 ) -> FastAPI:
     """Everything under `/v1`, `/health`, and the page at `/`.
 
     `wake` tells the runners that there is a new video in the store, or one to stop; `aliases` are other names for
     models; `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
-    `stages` are what interactive sessions are made by, for each model that is to have them.
+    `stages` are what interactive sessions are made by, for each model that is to have them, and `places` where those
+    are; without it nobody but their clients ends them.
     """
     app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
@@ -78,7 +81,9 @@ def create_api(
     app.include_router(files_router(storage), dependencies=gate, responses=ERRORS)
     app.include_router(batches_router(storage, webhooks), dependencies=gate, responses=ERRORS)
 
-    app.include_router(realtime_router(keys, catalog, stages or {}, realtime or RealtimeConfig(), storage.live))
+    realtime = realtime or RealtimeConfig()
+    places = places or Places(realtime.max_sessions, storage.live)
+    app.include_router(realtime_router(keys, catalog, stages or {}, realtime, places))
     app.include_router(load_router(estimates, ask_stages), dependencies=gate, responses=ERRORS)
     app.include_router(playground_router())
 

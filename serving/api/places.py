@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Literal
 
 from serving.api.errors import ApiError
 from serving.jobs.live import LEASE_SECONDS, LiveSessions
+
+# Why a model's sessions end.
+Withdrawal = Literal["model_replaced", "model_unloaded"]
 
 _log = logging.getLogger(__name__)
 
@@ -17,9 +23,26 @@ class Places:
     def __init__(self, most: int, live: LiveSessions) -> None:
         self._most, self._live = most, live
         self.taken = 0
+        self._withdrawn: dict[str, Withdrawal] = {}
+        self._told: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
-    async def take(self, session_id: str, owner: str | None) -> None:
-        """Raises `ApiError` (429) when all here are taken, and `LimitReached` when the key has as much as it may."""
+    def withdraw(self, models: Mapping[str, Withdrawal]) -> None:
+        """These models are about to go from here: their sessions end, and none begins."""
+        for model, why in models.items():
+            self._withdrawn.setdefault(model, why)
+            self._told[model].set()
+
+    async def withdrawal(self, model: str) -> Withdrawal:
+        """Why, once the model goes."""
+        await self._told[model].wait()
+        return self._withdrawn[model]
+
+    async def take(self, session_id: str, model: str, owner: str | None) -> None:
+        """Raises `ApiError` (429) when all here are taken, or (503) when the model is going, and `LimitReached` when
+        the key has as much as it may."""
+        if model in self._withdrawn:
+            message = f"{model} is being replaced here: connect again."
+            raise ApiError(503, message, param="session.model", code="model_unavailable")
         if self.taken >= self._most:
             message = f"There are {self.taken} interactive sessions here already; try again later."
             raise ApiError(429, message, code="too_many_sessions")

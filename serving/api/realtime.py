@@ -41,9 +41,9 @@ from serving.api.realtime_events import (
 from serving.config import RealtimeConfig
 from serving.jobs.ids import new_id
 from serving.jobs.keys import LimitReached
-from serving.jobs.live import LiveSessions
 from serving.media.fmp4 import codec_string
 from serving.pipeline.interactive import Interaction, LiveStages
+from serving.pipeline.stages import OtherBundle
 from serving.tracing import beginning, below
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,18 @@ _log = logging.getLogger(__name__)
 # A browser can't set a header: its key comes as a subprotocol beside this one, as OpenAI's does.
 PROTOCOL, KEY_PROTOCOL = "realtime", "rushes-api-key."
 _CLOSE_SECONDS = 5.0
-_NORMAL, _POLICY, _FAILED, _TRY_LATER = 1000, 1008, 1011, 1013
+# A chunk that is being made when its model goes is waited for so long.
+_LAST_CHUNK_SECONDS = 60.0
+_NORMAL, _GOING_AWAY, _POLICY, _FAILED, _RESTART, _TRY_LATER = 1000, 1001, 1008, 1011, 1012, 1013
+_SAID = {
+    "stopped": "The client stopped it.",
+    "idle": "The client said nothing for too long.",
+    "too_long": "It lasted as long as a session may.",
+    "failed": "It failed.",
+    "refused": "It was refused.",
+    "model_replaced": "Its model was replaced: connect again for a session on the new one.",
+    "model_unloaded": "Its model is not served any more.",
+}
 
 
 class _Over(Exception):  # noqa: N818 - not an error
@@ -63,11 +74,10 @@ class _Over(Exception):  # noqa: N818 - not an error
 
 
 def realtime_router(
-    gate: Gate, catalog: Catalog, stages: Mapping[str, LiveStages], settings: RealtimeConfig, live: LiveSessions
+    gate: Gate, catalog: Catalog, stages: Mapping[str, LiveStages], settings: RealtimeConfig, places: Places
 ) -> APIRouter:
-    """`stages` are those of the models by name; `live` knows every key's sessions, on whichever replica."""
+    """`stages` are those of the models by name."""
     router = APIRouter()
-    places = Places(settings.max_sessions, live)
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
@@ -98,6 +108,7 @@ class _Conversation:
         self._owner: str | None = None
         self._place: str | None = None
         self._heard = asyncio.Event()
+        self._withdrawn: _Over | None = None
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
@@ -182,7 +193,7 @@ class _Conversation:
             message = f"{model} is {manifest.rollout}: an interactive session needs a causal model."
             raise ApiError(400, message, param="session.model", code="model_not_causal")
         session_id = new_id("sess_")
-        await self._places.take(session_id, self._owner)
+        await self._places.take(session_id, model, self._owner)
         self._place = session_id
         if self._owner is not None:
             self._tasks.create_task(self._watch_key(session_id, self._owner))
@@ -209,6 +220,7 @@ class _Conversation:
         }
         await self._send(server_event("session.created", session=about | prompt_said(prompt)))
         self._tasks.create_task(self._make(interaction, model, manifest.fps))
+        self._tasks.create_task(self._watch_model(interaction, model))
 
     async def _change_prompt(self, interaction: Interaction, change: PromptChange) -> None:
         assert self._asked is not None
@@ -228,6 +240,11 @@ class _Conversation:
             while True:
                 try:
                     live = await anext(fragments)
+                except StopAsyncIteration:
+                    assert self._withdrawn is not None
+                    raise self._withdrawn from None
+                except OtherBundle:
+                    raise _Over("model_replaced", close_code=_RESTART) from None
                 except Exception as error:
                     _log.error("%s: the session failed", interaction.id, exc_info=error)
                     said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -248,6 +265,13 @@ class _Conversation:
                     await self._heard.wait()
             except TimeoutError:
                 raise _Over("idle") from None
+
+    async def _watch_model(self, interaction: Interaction, model: str) -> None:
+        why = await self._places.withdrawal(model)
+        self._withdrawn = _Over(why, close_code=_RESTART if why == "model_replaced" else _GOING_AWAY)
+        interaction.finish()
+        await asyncio.sleep(_LAST_CHUNK_SECONDS)
+        raise self._withdrawn
 
     async def _watch_key(self, session_id: str, owner: str) -> None:
         await self._places.keep(session_id, owner)
@@ -275,7 +299,9 @@ class _Conversation:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if over.error is not None:
                     await self._socket.send_json(error_event(over.error))
-                await self._socket.send_json(server_event("session.ended", reason=over.reason))
+                await self._socket.send_json(
+                    server_event("session.ended", reason=over.reason, message=_SAID[over.reason])
+                )
                 await self._socket.close(over.close_code, over.reason)
 
 

@@ -55,7 +55,8 @@ class AsyncRealtime:
         self.session: dict[str, Any] = {}
         """What the service says of it: `id`, `size`, `fps`, `seed` and so on."""
         self.end_reason: str | None = None
-        """Once it has ended: `stopped`, `idle`, `too_long`, or `closed` when the connection was cut."""
+        """Once it has ended: `stopped`, `idle`, `too_long`, `model_replaced` or `model_unloaded` with its model, or
+        `closed` when the connection was cut."""
 
     async def __aenter__(self) -> Self:
         """Raises `ApiError` for what the service refuses, `Unreachable` when it isn't there."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import product
 from typing import Any, get_args
 
@@ -16,17 +17,23 @@ from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
 from serving.api.load import StageLoad
+from serving.api.places import Places, Withdrawal
 from serving.config import ServiceConfig
 from serving.deployments.loads import StageWatch
 from serving.deployments.observing import start_observing
 from serving.deployments.remote import StageHandles, StageName, remote_stages, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
 
+_LOOK_SECONDS = 1.0
+
 _log = logging.getLogger(__name__)
 
 
 class ApiDeployment:
-    """One replica of the API. It keeps nothing: any replica answers any request."""
+    """One replica of the API. It keeps nothing but interactive sessions: any replica answers any request.
+
+    When another takes its place it still serves those, as long as their models are served.
+    """
 
     def __init__(self, config: ServiceConfig, runner: Any, handles: Mapping[str, StageHandles]) -> None:
         self._config, self._handles = config, handles
@@ -41,8 +48,11 @@ class ApiDeployment:
         config = self._config
         start_observing(config.observability)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+        storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
+        places = Places(config.realtime.max_sessions, storage.live)
+        self._withdrawing = asyncio.create_task(self._withdraw(places))
         return create_api(
-            open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS),
+            storage,
             bundles,
             self._wake,
             aliases=config.model_aliases,
@@ -55,7 +65,24 @@ class ApiDeployment:
             ask_stages=self._stages,
             stages={name: remote_stages(handles, bundles[name].digest) for name, handles in self._handles.items()},
             realtime=config.realtime,
+            places=places,
         )
+
+    async def _withdraw(self, places: Places) -> None:
+        """End the sessions whose model's application isn't the runners' any more: those are the first to know."""
+        here = {model: handles.denoiser.app_name for model, handles in self._handles.items()}
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if not places.taken:
+                continue
+            with suppress(Exception):  # no runner answers at the moment
+                served: Mapping[str, str] = await self._runner.serves.remote()
+                gone: dict[str, Withdrawal] = {
+                    model: "model_replaced" if model in served else "model_unloaded"
+                    for model, app in here.items()
+                    if served.get(model) != app
+                }
+                places.withdraw(gone)
 
     async def _stages(self) -> list[StageLoad]:
         """As Ray Serve's controller counts their replicas, in whichever applications they are."""

@@ -89,6 +89,8 @@ def build_api(config: ServiceConfig, runner: Any, stages: Mapping[str, StageHand
         config,
         num_replicas=config.api.replicas,
         max_ongoing_requests=config.api.max_ongoing_requests,
+        # Interactive sessions stay where they are when their replica's place is taken.
+        graceful_shutdown_timeout_s=max(config.graceful_shutdown_seconds, config.realtime.max_seconds),
         # The new one answers before the old one stops: a request would wait for as long as a replica takes to start.
         max_surge_percent=100,
         ray_actor_options=_asked(config.api.num_cpus, 0, config.api.label_selector),
@@ -142,10 +144,10 @@ def _asked(num_cpus: float, num_gpus: float, label_selector: Mapping[str, str]) 
 
 
 def _deployment(cls: Any, name: str, config: ServiceConfig, **options: Any) -> Any:
+    options.setdefault("graceful_shutdown_timeout_s", config.graceful_shutdown_seconds)
     return serve.deployment(
         cls,
         name=name,
-        graceful_shutdown_timeout_s=config.graceful_shutdown_seconds,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_LOOK_SECONDS,
         health_check_period_s=_HEALTH_LOOK_SECONDS,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,

@@ -3,7 +3,8 @@
 Ray Serve (2.60) restarts every deployment of an application that is run again, whether it changed or not: each gets a
 new random version. So each model is an application, named after its content, and so are runner and API. A change starts
 the new models, then another runner, then another API; and lets the old models go when the old runner has finished its
-videos on them. In this order: a runner fails a video whose model it doesn't know.
+videos on them. In this order: a runner fails a video whose model it doesn't know. A replica of the old API stays while
+it has an interactive session, and ends that when the session's model is to go.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ API, RUNNER = "rushes", "rushes-runner"
 # What a change of models may change; anything else needs a new start.
 _CHANGEABLE = {"models", "model_aliases", "text_encoder", "denoiser", "decoder"}
 _LOOK_SECONDS = 0.2
+# Longer than sessions are given to end by themselves.
+_SESSIONS_SECONDS = 90.0
 
 
 class FleetError(OSError):
@@ -62,8 +66,8 @@ class Fleet:
         """Serve what `config` says from now on; returns what was done, a line each.
 
         Every new bundle is verified, and its engines have been loaded, before any request meets it. Videos that are
-        running end on the models they began with, whose replicas then go. Raises `ConfigError`, `BundleError` or
-        `FleetError`: then what was served before still is.
+        running end on the models they began with, whose replicas then go, and interactive sessions with their chunk in
+        hand. Raises `ConfigError`, `BundleError` or `FleetError`: then what was served before still is.
         """
         assert self._config is not None
         config = config.resolved()
@@ -84,12 +88,15 @@ class Fleet:
             for model in new.values():
                 self._serve.delete(model.app)
             raise FleetError(f"{', '.join(new)} can't be started, so nothing was changed: {reason}") from error
-        for target in self._front(models, config):
-            self._serve.run_many([target])
+        runner, api = self._front(models, config)
+        self._serve.run_many([runner])
+        self._replace_api(api, config.api.replicas)
+        old = [model for model in self._models.values() if model.app not in {new.app for new in models.values()}]
         self._config, self._models = config, models
         self._wait_for_the_old_runner(config.runner.replicas)
-        for app in before - {model.app for model in models.values()}:
-            self._serve.delete(app)
+        for model in old:
+            self._wait_for_sessions(model)
+            self._serve.delete(model.app)
         return said or ["changed"]
 
     @property
@@ -145,6 +152,34 @@ class Fleet:
                 if raised:
                     return str(raised[-1].partition("Error: ")[2].strip())
         return ""
+
+    def _replace_api(self, target: Any, replicas: int) -> None:
+        """Returns when the new one answers alone: Ray would wait for the old one's last viewer too."""
+        old = self._api_replicas()
+        self._serve.run_many([target], wait_for_applications_running=False)
+
+        def running() -> list[str]:
+            return [id for id, state in self._api_replicas().items() if state == "RUNNING"]
+
+        while len(answering := running()) < replicas or any(id in old for id in answering):
+            if self._serve.status().applications[API].status == "DEPLOY_FAILED":
+                raise FleetError(f"the API can't be started again: {self._why([API])}")
+            time.sleep(_LOOK_SECONDS)
+
+    def _api_replicas(self) -> dict[str, str]:
+        """The state of each, by id; those that others have taken the place of are `STOPPING`."""
+        details = self._serve.context._get_global_client().get_serve_details()  # no public call tells them apart
+        replicas = details["applications"][API]["deployments"]["api"]["replicas"]
+        return {replica["replica_id"]: replica["state"] for replica in replicas}
+
+    def _wait_for_sessions(self, model: _Model) -> None:
+        """Until those of a model that goes have ended: the API's replicas see to that."""
+        from ray.serve.exceptions import RayServeException
+
+        denoiser, until = self._handle(model, "denoiser"), time.monotonic() + _SESSIONS_SECONDS
+        with suppress(RayServeException):  # it has no replica
+            while sum(denoiser.broadcast("sessions").results()) and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS)
 
     def _wait_for_the_old_runner(self, replicas: int) -> None:
         """Until only replicas of the new one are there. Ray ends the others after `graceful_shutdown_seconds`."""

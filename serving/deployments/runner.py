@@ -159,6 +159,7 @@ class RunnerDeployment:
         start_observing(config.observability)
         storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
         bundles = {name: Bundle.load(path) for name, path in config.models.items()}
+        self._apps = {name: of_model.denoiser.app_name for name, of_model in handles.items()}
         self._runner = Runner(
             storage,
             {name: remote_stages(of_model, bundles[name].digest) for name, of_model in handles.items()},
@@ -212,6 +213,10 @@ class RunnerDeployment:
     async def running(self) -> int:
         """Videos in hand."""
         return self._runner.running
+
+    async def serves(self) -> Mapping[str, str]:
+        """The application of each model that videos are made on now."""
+        return self._apps
 
     async def hand_back(self) -> None:
         """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""

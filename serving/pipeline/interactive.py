@@ -102,7 +102,8 @@ class Interaction:
         self._told = Steering(0)
         self._opened, self._news = asyncio.Event(), asyncio.Event()
         self._chunks: asyncio.Queue[LatentChunk] = asyncio.Queue()
-        self._out: asyncio.Queue[LiveFragment | BaseException] = asyncio.Queue()
+        self._out: asyncio.Queue[LiveFragment | BaseException | None] = asyncio.Queue()
+        self._last_chunks: int | None = None
         self._sinks: list[LatentChunk] = []
         self._last: deque[LatentChunk] = deque(maxlen=max(_KEPT_CHUNKS, manifest.window.window_chunks))
         self._decoded: deque[LatentChunk] = deque(maxlen=_KEPT_CHUNKS)
@@ -150,20 +151,32 @@ class Interaction:
         self._playback.acknowledge(index)
         self._news.set()
 
+    def finish(self) -> None:
+        """`fragments` ends after the chunk that is being made, if one is, and what is made before it."""
+        if self._last_chunks is None:
+            self._last_chunks = self._made + (self._told.chunks > self._made)
+            self._news.set()
+            self._out.put_nowait(None)  # it may be waiting for what won't come
+
     async def fragments(self) -> AsyncGenerator[LiveFragment, None]:
-        """Without end. Closing it frees every stage. Raises what a stage raises, and `LostSession` when they keep
-        losing the session."""
+        """Without end, but for `finish`. Closing it frees every stage.
+
+        Raises what a stage raises, and `LostSession` when they keep losing the session.
+        """
         unconditional = None
         if self._spec.guidance_scale > 1:
             unconditional = await self._stages.text_encoder.encode(self._spec.negative_prompt)
         tasks = [self._start(work) for work in (self._denoise(unconditional), self._decode(), self._pace())]
-        shown = -1
+        shown, given = -1, 0
         try:
-            while True:
+            while self._last_chunks is None or given < self._last_chunks:
                 made = await self._out.get()
+                if made is None:
+                    continue
                 if isinstance(made, BaseException):
                     raise made
                 changed, shown = made.prompt.number != shown, made.prompt.number
+                given = made.fragment.index + 1
                 self._playback.out(made.fragment)
                 self._news.set()
                 yield replace(made, prompt_changed=changed)
@@ -264,7 +277,8 @@ class Interaction:
                     await self._news.wait()
 
     def _wanted(self) -> Steering:
-        return Steering(max(1, self._playback.chunks(self._made)), self.prompt.number, self._embedding)
+        chunks = max(1, self._playback.chunks(self._made)) if self._last_chunks is None else self._last_chunks
+        return Steering(chunks, self.prompt.number, self._embedding)
 
 
 class _Playback:

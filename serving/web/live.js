@@ -91,7 +91,7 @@ async function* fragments(opened) {
     if (typeof message === "string") {
       const event = JSON.parse(message);
       if (event.type === "init" || event.type === "fragment") announced = event;
-      else if (event.type === "session.ended") ended = `Ended: ${event.reason.replace("_", " ")}`;
+      else if (event.type === "session.ended") ended = `Ended. ${event.message}`;
       else if (event.type === "error" && !announced) { ended = event.error.message; opened.close(); }
       else heard(event);
     } else if (announced.type === "init") init = new Uint8Array(message);

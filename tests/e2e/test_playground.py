@@ -174,7 +174,7 @@ async def test_a_live_session_from_the_keyboard_alone(tiny_causal_bundle: Bundle
             await page.page.locator("#live-pause").press("Enter")
             await page.until(f"{state}.endsWith(' s made')")
             await page.page.locator("#live-stop").press("Enter")
-            await page.until(f"{state} === 'Ended: stopped'")
+            await page.until(f"{state} === 'Ended. The client stopped it.'")
             # Going elsewhere ends it too.
             await page.page.locator("#live-begin").press("Enter")
             await page.until(f"{state}.endsWith(' s made')")

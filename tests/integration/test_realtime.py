@@ -17,6 +17,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from models.bundle import Bundle
+from serving.api.places import Places
 from serving.client import ApiError, AsyncRealtime, AsyncRushes, LiveChunk, Rushes
 from serving.config import RealtimeConfig
 from serving.media.fmp4 import codec_string
@@ -215,10 +216,10 @@ async def say(socket: ClientConnection, kind: str, **fields: Any) -> None:
     await socket.send(json.dumps({"type": kind, **fields}))
 
 
-async def heard(socket: ClientConnection, kind: str) -> dict[str, Any]:
+async def heard(socket: ClientConnection, *kinds: str) -> dict[str, Any]:
     while True:
         message = await socket.recv()
-        if isinstance(message, str) and (event := json.loads(message))["type"] == kind:
+        if isinstance(message, str) and (event := json.loads(message))["type"] in kinds:
             found: dict[str, Any] = event
             return found
 
@@ -278,6 +279,34 @@ async def test_a_keys_limits_hold_for_sessions_and_videos_together(service: Whol
             await one.wait_closed()
         while (await client.post("/v1/videos", json=asked)).status_code != 200:
             pass  # its place is given back a moment after the connection's end
+
+
+async def test_a_session_ends_with_its_chunk_in_hand_when_its_model_goes(
+    service: WholeService, pipeline: LocalPipeline
+) -> None:
+    places = service.places = Places(4, service.storage.live)
+    create: dict[str, Any] = {"session": {"prompt": PROMPT, **ASKED}}
+    async with service.running() as client:
+        url = str(client.base_url)
+        async with opened(url) as playing, opened(url) as paused, opened(url) as late:
+            await say(playing, "session.create", **create)
+            await say(paused, "session.create", **create)
+            await fragment(paused)
+            await say(paused, "session.pause")
+            assert (await fragment(playing))["index"] == 0
+            await until(lambda: pipeline.denoiser.outstanding_tokens > 0)
+            places.withdraw({"tiny": "model_replaced"})
+            await say(late, "session.create", **create)
+            assert (await heard(late, "error"))["error"]["code"] == "model_unavailable"
+            indices = []
+            for socket in (playing, paused):
+                while (event := await heard(socket, "fragment", "session.ended"))["type"] == "fragment":
+                    indices.append(event["index"])
+                assert (event["reason"], "replaced" in event["message"]) == ("model_replaced", True)
+                await socket.wait_closed()
+                assert socket.close_code == 1012
+            assert 1 in indices
+            await until(lambda: idle(pipeline))
 
 
 @pytest.mark.parametrize(("limits", "reason"), [({"idle_seconds": 0.2}, "idle"), ({"max_seconds": 0.2}, "too_long")])
