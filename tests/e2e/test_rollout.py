@@ -23,7 +23,7 @@ from k8s import render
 from models.bundle import MANIFEST
 from serving.config import MINI_BUNDLE
 
-ASKED: dict[str, Any] = {"prompt": "a red ball bouncing", "seconds": 2, "num_inference_steps": 20}
+ASKED: dict[str, Any] = {"prompt": "a red ball bouncing", "seconds": 2, "num_inference_steps": 12}
 SEEDS = (1, 2)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

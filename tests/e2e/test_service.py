@@ -370,30 +370,25 @@ def test_prometheus_has_something_for_the_dashboards(
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as prometheus:
+            shown: dict[str, list[str]] = {}
 
-            def panels() -> dict[str, list[str]]:
-                """What each shows."""
-                said: list[str] = []
+            def look_again() -> set[str]:
+                """Which panels have shown something by now: a busy machine may not answer each scrape in time."""
+                title, said = "", list[str]()
                 with suppress(httpx.HTTPError):  # until it has read its own files
                     said = [*look.lines(prometheus)]
-                found: dict[str, list[str]] = {}
-                title = ""
                 for line in said:
-                    if line.startswith(" "):
-                        found[title].append(line.strip())
-                    else:
+                    if not line.startswith(" "):
                         title = line.partition(" [")[0]
-                        found[title] = []
-                return found
+                    elif line.strip() != "no data":
+                        shown.setdefault(title, []).append(line.strip())
+                return set(shown)
 
-            # Those that one look of it is enough for.
+            # Those that one look of Prometheus' own is enough for.
             wanted = {"Videos in the store", "Work in hand", "Waiting", "In work", "Replicas", "What runs"}
-            shown = until(
-                panels,
-                lambda found: wanted <= {title for title, said in found.items() if said not in ([], ["no data"])},
-            )
+            until(look_again, lambda titles: wanted <= titles)
         assert "tiny-denoiser: 1" in shown["Replicas"]
-        assert shown["# Alerts"] == []
+        assert not any("firing" in alert for alert in shown.get("# Alerts", []))
     finally:
         process.kill()
         process.wait()
