@@ -126,6 +126,7 @@ def _write(
         limits=settings.limits,
         rewriter=extras.rewriter,
         captioner=extras.captioner,
+        tiny_decoder=extras.tiny_decoder,
         loras=loras,
         graphs=infos,
         files={

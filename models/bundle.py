@@ -39,6 +39,7 @@ from models.manifest import (
     SamplerInfo,
     TensorInfo,
     TextInfo,
+    TinyDecoderInfo,
     TokenShift,
     WordsInfo,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "SamplerInfo",
     "TensorInfo",
     "TextInfo",
+    "TinyDecoderInfo",
     "TokenShift",
     "WordsInfo",
     "sha256_of",

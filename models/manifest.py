@@ -26,6 +26,8 @@ GraphName = Literal[
     "denoiser_2",
     "decoder_first",
     "decoder_next",
+    "tiny_decoder_first",
+    "tiny_decoder_next",
     "rewriter_encoder",
     "rewriter_decoder",
     "captioner_encoder",
@@ -37,6 +39,8 @@ GraphName = Literal[
 # Graphs that a bundle has with a section of the manifest, and without it has not.
 OPTIONAL_GRAPHS: Final[dict[str, str]] = {
     "denoiser_2": "experts",
+    "tiny_decoder_first": "tiny_decoder",
+    "tiny_decoder_next": "tiny_decoder",
     "rewriter_encoder": "rewriter",
     "rewriter_decoder": "rewriter",
     "captioner_encoder": "captioner",
@@ -52,6 +56,8 @@ SERVED_GRAPHS: Final[tuple[GraphName, ...]] = (
     "denoiser_2",
     "decoder_first",
     "decoder_next",
+    "tiny_decoder_first",
+    "tiny_decoder_next",
 )
 
 
@@ -152,6 +158,14 @@ class LatentInfo(_Strict):
     def first(self) -> int:
         """Latent frames that `decoder_first` takes when decoding is exact."""
         return self.lead + self.group
+
+
+class TinyDecoderInfo(_Strict):
+    """A second, smaller decoder of the same latents, for requests that would rather have speed; see
+    `models.tiny_decoder`. Its graphs have the inputs and outputs of the VAE's, with fewer and smaller caches."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the weight file that it was made from.")
+    parameters: PositiveInt
 
 
 class ImageInfo(_Strict):
@@ -307,6 +321,7 @@ class Manifest(_Strict):
     sampler: SamplerInfo
     limits: LimitsInfo
     image: ImageInfo | None = Field(default=None, description="None: no image encoder.")
+    tiny_decoder: TinyDecoderInfo | None = Field(default=None, description="None: the VAE's decoder alone.")
     rewriter: RewriterInfo | None = Field(default=None, description="None: prompts are taken as they are.")
     captioner: CaptionerInfo | None = Field(default=None, description="None: no captions, and no best of several.")
     adapters: tuple[AdapterInfo, ...] = Field(default=(), description="In the order in which they were merged.")

@@ -25,7 +25,10 @@ import models.mini
 from models.bundle import Manifest
 from serving.logs import LogFormat, LogLevel
 
-MINI_BUNDLE = Path(models.mini.__file__).parent / "bundle"
+_MINI = Path(models.mini.__file__).parent
+MINI_BUNDLE = _MINI / "bundle"
+# What a path may be instead, wherever a bundle is named.
+BUNDLED = {"mini": MINI_BUNDLE, "mini-causal": _MINI / "causal" / "bundle"}
 
 # Ray kills a replica that is still busy after its own default of 20 s, which is shorter than a video.
 _LONGEST_VIDEO_SECONDS = 600.0
@@ -252,13 +255,19 @@ class ObservabilityConfig(_Strict):
     )
 
 
+def bundled(path: Path | str) -> Path:
+    """A bundle's directory: the bundled one of this name, where no file or directory has it."""
+    return BUNDLED.get(str(path), Path(path)) if not Path(path).exists() else Path(path)
+
+
 class ServiceConfig(_Strict):
     """Everything about a running service."""
 
     models: dict[str, Path] = Field(
         default={"mini": MINI_BUNDLE},
         min_length=1,
-        description="Model name to its bundle's directory; the first is the default.",
+        description="Model name to its bundle's directory, or `mini` or `mini-causal` for a bundled one; the first is "
+        "the default.",
     )
     retiring: dict[str, Path] = Field(
         default={},
@@ -405,7 +414,7 @@ class ServiceConfig(_Strict):
 
 
 def _resolved(key: str, bundles: Mapping[str, Path]) -> dict[str, Path]:
-    found = {name: path.expanduser().resolve() for name, path in bundles.items()}
+    found = {name: bundled(path).expanduser().resolve() for name, path in bundles.items()}
     for name, path in found.items():
         if not (path / "bundle.json").is_file():
             raise ConfigError(f"{key}.{name}: no bundle at {path}")

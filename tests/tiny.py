@@ -38,6 +38,7 @@ from transformers import (
 from models.mini.captioner import Captioner
 from models.mini.rewriter import Rewriter
 from models.mini.words import encode, vocabulary
+from models.tiny_decoder import TINY_DECODER, TinyDecoder
 
 CHANNELS = 8
 TEXT_DIM = 16
@@ -114,6 +115,8 @@ def build_tiny_checkpoint(path: Path, *, causal: bool = False, experts: bool = F
     ).save_pretrained(path)
     tiny_rewriter().save(path / "rewriter")
     tiny_captioner().save(path / "captioner")
+    if causal:
+        TinyDecoder(CHANNELS, widths=(8, 8, 8, 8), blocks=1, patch=2).save(path / TINY_DECODER)
     settings = SETTINGS | (CAUSAL_SETTINGS if causal else {})
     (path / "rushes.json").write_text(json.dumps(settings))
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.mini.places import token_labels
 from models.mini.render import render
-from models.mini.scene import FRAMES, make_scene
+from models.mini.scene import FRAMES, Scene, make_scene
 from models.mini.train_vae import to_tensor, trained_vae
 from models.mini.training import Run
 from models.mini.world import Attributes, draw
@@ -25,6 +25,13 @@ def folder_of(folder: Path, frames: int) -> Path:
     return folder / f"latents-{frames}"
 
 
+def clips_of(first: int, frames: int) -> tuple[list[Attributes], list[Scene]]:
+    """What the file of latents that begins with clip number `first` is of."""
+    rng = np.random.default_rng([first, frames])
+    attributes = [draw(rng) for _ in range(BLOCK)]
+    return attributes, [make_scene(a, rng, frames) for a in attributes]
+
+
 @torch.no_grad()
 def cache_latents(run: Run, clips: int, frames: int) -> None:
     """Render and encode this worker's share of `clips`, `frames` pixel frames each; an earlier call's are kept."""
@@ -33,9 +40,7 @@ def cache_latents(run: Run, clips: int, frames: int) -> None:
         path = folder_of(run.folder, frames) / f"{first:06d}.npz"
         if path.exists():
             continue
-        rng = np.random.default_rng([first, frames])
-        attributes = [draw(rng) for _ in range(BLOCK)]
-        scenes = [make_scene(a, rng, frames) for a in attributes]
+        attributes, scenes = clips_of(first, frames)
         batch = to_tensor(np.stack([render(scene) for scene in scenes]))
         latents = vae.encode(batch).latent_dist.mode().to(torch.float16).numpy()
         path.parent.mkdir(exist_ok=True)

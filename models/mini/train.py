@@ -1,8 +1,8 @@
 """Train the bundled model from nothing: `python -m models.mini.train vae`, then `latents`, then `dit`.
 
 Each stage resumes where it stopped; loss curves are written as pictures beside its state. `decoder` goes on with the
-VAE's decoder alone, so that the latents a denoiser was trained on stay valid. `captioner` needs the latents alone,
-`rewriter` none of the others.
+VAE's decoder alone, so that the latents a denoiser was trained on stay valid. `captioner` and `tiny_decoder` need
+the latents alone (the latter of long clips), `rewriter` none of the others.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from models.mini.train_captioner import train_captioner
 from models.mini.train_causal import train_causal, train_distil
 from models.mini.train_dit import train_dit
 from models.mini.train_rewriter import train_rewriter
+from models.mini.train_tiny_decoder import train_tiny_decoder
 from models.mini.train_vae import train_vae
 from models.mini.training import Run, spawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    stages = ["vae", "decoder", "latents", "dit", "causal", "distil", "rewriter", "captioner"]
+    stages = ["vae", "decoder", "latents", "dit", "causal", "distil", "rewriter", "captioner", "tiny_decoder"]
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="states, caches and curves")
     parser.add_argument("--minutes", type=float, default=30, help="budget of the stage over all its resumptions")
@@ -57,6 +58,8 @@ def main() -> None:
             spawn(train_rewriter, run)
         case "captioner":
             spawn(train_captioner, run)
+        case "tiny_decoder":
+            spawn(train_tiny_decoder, run)
         case stage:
             spawn(train_vae, run, stage == "decoder")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from numpy.typing import NDArray
 from torch import nn
 
 from models.mini.captions import build_tokenizer, caption
@@ -46,11 +47,15 @@ class Normalised:
     def draw(self, rng: np.random.Generator, count: int, frames: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """Latents `[count, channels, frames, 8, 8]`, a caption each (now and then none), and `token_labels`."""
         chosen = rng.integers(len(self.data.latents), size=count)
-        clean = (self.data.latents[chosen, :, :frames].astype(np.float32) - self._mean) / self._std
+        clean = self.normalised(chosen)[:, :, :frames]
         said = [caption(self.data.attributes[i], rng) for i in chosen]
         prompts = ["" if rng.random() < CAPTION_DROPOUT else prompt for prompt in said]
         labels = self.data.labels[chosen, :frames].astype(np.float32)
-        return torch.from_numpy(clean), prompts, torch.from_numpy(labels)
+        return clean, prompts, torch.from_numpy(labels)
+
+    def normalised(self, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """These clips' latents `[chosen, channels, frames, 8, 8]`."""
+        return torch.from_numpy((self.data.latents[chosen].astype(np.float32) - self._mean) / self._std)
 
 
 class Probe(nn.Module):

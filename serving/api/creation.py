@@ -100,6 +100,7 @@ def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
             cache=body.cache,
             lora=body.lora,
             codec=body.codec,
+            decoder=body.decoder,
         )
     except InvalidRequest as error:
         raise ApiError(400, f"{error.message}.", param=error.param, code="invalid_value") from None

@@ -15,6 +15,7 @@ from serving.api.models import Catalog
 from serving.media.fmp4 import CODECS
 from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_LORA_SCALE, MAX_SEED, MIN_GUIDANCE_SCALE
 from serving.pipeline.shortcuts import CACHES
+from serving.pipeline.stages import DECODERS
 
 _JSON, _FORM = "application/json", "multipart/form-data"
 # Something to see, and no NUL, which PostgreSQL can't keep.
@@ -86,6 +87,7 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
     causal = any(manifest.rollout == "causal" for manifest in manifests)
     rewrites = any(catalog.rewriter.serves(manifest) for manifest in manifests)
     chooses = any(manifest.captioner is not None for manifest in manifests)
+    decoders = DECODERS if any(manifest.tiny_decoder for manifest in manifests) else DECODERS[:1]
     return {
         "prompt": {"type": "string", "maxLength": characters, "pattern": _TEXT},
         "negative_prompt": {"type": "string", "maxLength": characters, "pattern": NO_NUL},
@@ -112,6 +114,7 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
         "scene_prompts": {"type": "array", "items": scene, "maxItems": 100 if causal else 0},
         "lora": _lora([lora.name for manifest in manifests for lora in manifest.loras]),
         "codec": {"type": "string", "enum": [*CODECS]},
+        "decoder": {"type": "string", "enum": [*decoders]},
         "webhook_url": _webhook(webhooks),
     }
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -192,6 +193,8 @@ class _Conversation:
         if manifest.rollout != "causal" or model not in self._stages:
             message = f"{model} is {manifest.rollout}: an interactive session needs a causal model."
             raise ApiError(400, message, param="session.model", code="model_not_causal")
+        if asked.decoder is None and manifest.tiny_decoder is not None:
+            spec = replace(spec, decoder="tiny")  # what is watched live had better be in time
         session_id = new_id("sess_")
         await self._places.take(session_id, model, self._owner)
         self._place = session_id

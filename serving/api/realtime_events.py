@@ -52,6 +52,7 @@ class SessionSettings(PromptChange):
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     rewrite_prompt: bool | None = None
     codec: str | None = None
+    decoder: str | None = None
     guidance_interval: list[float] | None = None
     cache: str | None = None
     lora: Any = None

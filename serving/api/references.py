@@ -130,6 +130,7 @@ def references_router(
             if body.lora is None
             else body.lora,
             codec=request.get("codec"),
+            decoder=request.get("decoder"),
             webhook_url=body.webhook_url,
         )
         return new_video(asked, catalog, webhooks, owner=owner), manifest

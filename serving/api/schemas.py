@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from models.bundle import Manifest
 from serving.api.errors import ApiError
 from serving.jobs.store import Video, VideoStatus
+from serving.pipeline.request import decoders_of
 
 
 def _whole_number(value: Any) -> Any:
@@ -70,6 +71,11 @@ class CreateVideoRequest(BaseModel):
         description="The model's LoRAs to use: a name, an object with `name` and `scale` (1 if left out), or a list.",
     )
     codec: str | None = Field(default=None, description="What encodes it: `h264`, `av1` or `vp9`; the first if null.")
+    decoder: str | None = Field(
+        default=None,
+        description="`tiny`: decode with the model's small decoder, if it has one: several times as fast, less sharp. "
+        "`full` if null.",
+    )
     webhook_url: str | None = Field(
         default=None, description="What to call when the video has ended, with a signed event."
     )
@@ -207,6 +213,7 @@ class VideoObject(BaseModel):
     scene_prompts: list[ScenePrompt]
     lora: list[LoraScale]
     codec: str
+    decoder: str
     estimated_seconds_left: float | None = Field(
         default=None, description="Until it is completed; null when it isn't known, when it has ended, and in lists."
     )
@@ -240,6 +247,7 @@ def video_object(video: Video, *, estimated_seconds_left: float | None = None) -
         ],
         lora=[LoraScale(name=name, scale=scale) for name, scale in video.request.get("lora", ())],
         codec=video.request.get("codec", "h264"),
+        decoder=video.request.get("decoder", "full"),
         estimated_seconds_left=None if estimated_seconds_left is None else round(estimated_seconds_left, 1),
     )
 
@@ -282,6 +290,7 @@ class ModelObject(BaseModel):
     realtime: bool = Field(description="Whether there may be interactive sessions on it, at `/v1/realtime`.")
     limits: ModelLimits
     loras: list[str] = Field(description="What `lora` may name.")
+    decoders: list[str] = Field(description="What `decoder` may be.")
     needs_picture: bool = Field(description="Whether it makes videos of an `input_reference` alone.")
 
 
@@ -311,6 +320,7 @@ def model_object(name: str, manifest: Manifest, created: int) -> ModelObject:
             max_prompt_characters=limits.max_prompt_characters,
         ),
         loras=[lora.name for lora in manifest.loras],
+        decoders=[*decoders_of(manifest)],
         needs_picture=manifest.pictured,
     )
 

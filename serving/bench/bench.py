@@ -9,6 +9,7 @@ from typing import Any
 
 from models.bundle import Bundle
 from serving.bench.asks import Ask, asks
+from serving.bench.engines import decoder_of
 from serving.bench.following import Follow, Target
 from serving.config import ServiceConfig
 
@@ -31,7 +32,12 @@ class Bench:
 
     def asks(self, count: int, *, seed: int = 0, label: str = "", **settings: Any) -> list[Ask]:
         """Requests for this bundle, whose prompts are rendered as they are."""
-        body = {"model": self.bundle.manifest.name, "rewrite_prompt": False, **settings}
+        body = {
+            "model": self.bundle.manifest.name,
+            "rewrite_prompt": False,
+            "decoder": decoder_of(self.bundle),
+            **settings,
+        }
         return asks(count, body, seed=seed, label=label)
 
     def seconds(self, wanted: int) -> int:

@@ -99,15 +99,22 @@ class Engines:
         self.text = self._open(config.text_encoder, "text_encoder")
         names: list[GraphName] = ["denoiser", "denoiser_2"] if bundle.manifest.experts else ["denoiser"]
         self.denoisers = self._open(config.denoiser, *names)
-        self.decoders = self._open(config.decoder, "decoder_first", "decoder_next")
+        decoders: list[GraphName] = ["decoder_first", "decoder_next"]
+        if bundle.manifest.tiny_decoder is not None:
+            decoders += ["tiny_decoder_first", "tiny_decoder_next"]
+        self.decoders = self._open(config.decoder, *decoders)
 
     async def record(self, spec: VideoSpec) -> VideoCalls:
         """Make the video once, and keep the calls that this takes."""
         manifest, id = self.bundle.manifest, uuid4().hex
         text = _Recorded("text_encoder", self.text["text_encoder"])
         encoder = EngineTextEncoder(text, self.bundle.tokenizer, manifest.text)
-        first, following = (_Recorded(name, engine) for name, engine in self.decoders.items())
-        decoder = EngineDecoder(first, following, manifest)
+        first, following = (
+            _Recorded(name, engine)
+            for name, engine in self.decoders.items()
+            if name.startswith("tiny") == (spec.decoder == "tiny")
+        )
+        decoder = EngineDecoder((first, following), manifest, tiny=(first, following))
         try:
             conditional = await encoder.encode(spec.rendered_prompt)
             calls = tuple(text.calls)

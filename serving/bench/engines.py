@@ -15,8 +15,8 @@ from serving.bench.statistics import Spread
 from serving.bench.tables import seconds, spread, table
 from serving.config import ServiceConfig
 from serving.media.fmp4 import encode_fragment
-from serving.pipeline.request import make_spec
-from serving.pipeline.stages import VideoSpec
+from serving.pipeline.request import decoders_of, make_spec
+from serving.pipeline.stages import DecoderName, VideoSpec
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8)
 _LEAST_TIMES, _MOST_TIMES, _BUDGET_SECONDS = 3, 50, 0.5
@@ -51,9 +51,15 @@ class EngineTimes:
         return asdict(self)
 
 
+def decoder_of(bundle: Bundle) -> DecoderName:
+    """A stream's: what a live session has."""
+    return decoders_of(bundle.manifest)[-1] if bundle.manifest.rollout == "causal" else "full"
+
+
 def default_spec(bundle: Bundle, **settings: Any) -> VideoSpec:
-    """A request of the model's defaults but for `settings`, with a seed, and its prompt as it is."""
+    """A request of the model's defaults but for `settings` and the decoder, with a seed, and its prompt as it is."""
     rewrite = None if bundle.manifest.rewriter is None else False
+    settings = {"decoder": decoder_of(bundle), **settings}
     return make_spec(bundle.manifest, PROMPTS[0], seed=0, rewrite_prompt=rewrite, **settings)
 
 
@@ -126,7 +132,8 @@ def engines_table(times: EngineTimes) -> str:
 
 def describe(spec: VideoSpec) -> str:
     guided = f"guidance {spec.guidance_scale:g}" if spec.guidance_scale > 1 else "no guidance"
-    return f"{spec.frames} frames of {spec.width}x{spec.height}, {spec.num_inference_steps} steps, {guided}"
+    said = f"{spec.frames} frames of {spec.width}x{spec.height}, {spec.num_inference_steps} steps, {guided}"
+    return said if spec.decoder == "full" else f"{said}, {spec.decoder} decoder"
 
 
 def providers(config: ServiceConfig) -> str:
@@ -154,7 +161,7 @@ def _kinds(video: VideoCalls, rows: Sequence[int]) -> Iterable[tuple[str, Call, 
     decodes = [call for chunk in video.chunks for call in chunk.decode]
     for call in decodes[:2]:
         count = call.feeds["latents"].shape[2]
-        which = "first" if call.graph == "decoder_first" else "next"
+        which = "first" if call.graph.endswith("_first") else "next"
         yield f"decode the {which} {count} latent frame{'s' if count > 1 else ''}", call, (1,)
     if len(video.chunks) > 1:
         call = video.chunks[1].decode[0]

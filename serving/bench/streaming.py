@@ -51,7 +51,8 @@ async def one_viewer(bench: Bench) -> list[Measured]:
             firsts.append(1e3 * (times[0] - outcome.scheduled - bare_first))
             gaps.append(1e3 * (_gap(times) - _gap(bare)))
             factors.append((outcome.video_seconds or 0.0) / outcome.latency_seconds)
-    steps = f"{video.spec.num_inference_steps} steps, {video.spec.width}x{video.spec.height}"
+    steps = f"{video.spec.num_inference_steps} steps, {video.spec.width}x{video.spec.height}, "
+    steps += f"the {video.spec.decoder} decoder"
     return [
         Measured(FIRST_CHUNK, Spread.of(firsts), steps),
         Measured(REAL_TIME, Spread.of(factors), f"{steps}, a clip of {seconds} s at {bench.bundle.manifest.fps} fps"),

@@ -24,7 +24,7 @@ from serving.cli.terminal import (
     plain,
     said_in_one_line,
 )
-from serving.config import MINI_BUNDLE, ConfigError, ServiceConfig, load_config
+from serving.config import BUNDLED, MINI_BUNDLE, ConfigError, ServiceConfig, load_config
 
 if TYPE_CHECKING:
     from serving.bench.suite import Results
@@ -131,9 +131,7 @@ def peers(
 
 def report(
     bundle: Annotated[Path, typer.Option(help="A bidirectional bundle.")] = MINI_BUNDLE,
-    causal_bundle: Annotated[
-        Path | None, typer.Option(help="A causal bundle; what needs one is left out without it.")
-    ] = None,
+    causal_bundle: Annotated[Path, typer.Option(help="A causal bundle.")] = BUNDLED["mini-causal"],
     checkpoint: Annotated[
         Path, typer.Option(help="The checkpoint of --bundle, for the peers, which are left out where there is none.")
     ] = CHECKPOINT,
@@ -153,13 +151,13 @@ def report(
     from serving.bench.suite import Options, progress, run
 
     with said_of_a_benchmark():
-        loaded = [Bundle.load(path) for path in (bundle, causal_bundle) if path is not None]
+        loaded = [Bundle.load(path) for path in (bundle, causal_bundle)]
         for one in loaded:
             one.verify()
-        causal = loaded[1] if causal_bundle is not None else None
-        if loaded[0].manifest.rollout == "causal" or (causal is not None and causal.manifest.rollout != "causal"):
+        causal = loaded[1]
+        if loaded[0].manifest.rollout == "causal" or causal.manifest.rollout != "causal":
             raise ConfigError("--bundle must be bidirectional, and --causal-bundle causal")
-        if causal is not None and causal.manifest.name == loaded[0].manifest.name:
+        if causal.manifest.name == loaded[0].manifest.name:
             raise ConfigError("the two bundles have the same name, so one service can't serve both")
         output.mkdir(parents=True, exist_ok=True)
         given = checkpoint if with_peers and (checkpoint / "model_index.json").is_file() else None

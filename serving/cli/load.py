@@ -245,9 +245,10 @@ def _explained(bundle: Path, config: ServiceConfig, outcomes: list[Outcome]) -> 
         if outcome.error is not None:
             continue
         settings = {name: outcome.ask.body.get(name) for name in names}
-        shape = tuple(settings.values())
+        shape = (*settings.values(), outcome.ask.body.get("decoder"))
         if shape not in timed:
-            video = asyncio.run(engines.record(default_spec(loaded, **settings)))
+            decoder = outcome.ask.body.get("decoder", "full")
+            video = asyncio.run(engines.record(default_spec(loaded, **settings, decoder=decoder)))
             timed[shape] = explained(video, 0.0, loaded.manifest.fps)
         told.append(replace(timed[shape], whole=outcome.latency_seconds))
     return told

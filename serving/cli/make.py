@@ -46,6 +46,9 @@ def generate(
         typer.Option(metavar="NAME[:SCALE]", help="One of the bundle's LoRAs, and how much of it; may be repeated."),
     ] = None,
     codec: Annotated[str | None, typer.Option(help="h264, av1 or vp9; h264 when left out.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="full, or tiny if the model has one: several times as fast, less sharp.")
+    ] = None,
     bundle: Bundle = MINI_BUNDLE,
 ) -> None:
     """Make one video in this process, without a service."""
@@ -75,6 +78,7 @@ def generate(
             cache=cache,
             lora=[_lora(text) for text in lora or ()],
             codec=codec,
+            decoder=decoder,
         )
         if sampler is not None:
             spec = replace(spec, sampler=sampler.value)

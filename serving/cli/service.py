@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from serving.cli.terminal import BAD_INPUT, Config, alone, console, plain, said_in_one_line
-from serving.config import ConfigError, ServiceConfig, load_config, parse_config
+from serving.config import ConfigError, ServiceConfig, bundled, load_config, parse_config
 
 if TYPE_CHECKING:
     from serving.jobs.keys import KeyStore
@@ -19,7 +19,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the store and the videos live.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Serve this bundle alone, under its own name.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            parser=bundled,
+            metavar="PATH",
+            help="Serve this bundle alone, under its own name: a directory, or mini-causal, which live sessions need.",
+        ),
+    ] = None,
 ) -> None:
     """Run the service on this machine until Ctrl-C, which finishes the videos in hand; a second one hands them back.
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serving.config import ConfigError
+from serving.config import ConfigError, bundled
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -20,7 +20,15 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 # Progress and errors go to stderr: what stdout has is the answer, such as a path.
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Bundle = Annotated[Path, typer.Option(help="The bundle to serve; the bundled model when left out.", show_default=False)]
+Bundle = Annotated[
+    Path,
+    typer.Option(
+        parser=bundled,
+        metavar="PATH",
+        help="A bundle's directory, or mini-causal, the other bundled model; mini when left out.",
+        show_default=False,
+    ),
+]
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Seconds = Annotated[int | None, typer.Option(help="Length in whole seconds; the model's default when left out.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's default when left out.")]

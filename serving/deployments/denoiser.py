@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,10 +21,11 @@ from serving.deployments.scaling import stats_of
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.pace import StageState
 from serving.pipeline.scheduler import Limits, TraceLine
-from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering, same_bundle
+from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering, StepDone, same_bundle
 from serving.tracing import Open
 
 _LOOK_SECONDS = 2.0
+_STEP_SECONDS = 0.1
 
 
 class DenoiserDeployment:
@@ -42,22 +45,29 @@ class DenoiserDeployment:
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
     async def denoise(self, request: DenoiseRequest, bundle: str, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:
-        """One streaming call a video. Cancelling the call takes its rows out of the batch before the next step.
+        """One streaming call a video; of steps that follow each other closely not each is told of.
 
-        So does the death of `caller`, the actor that asks: Ray lets a call go on that nobody hears the end of.
-        `bundle` is the digest of the one that is meant. Raises `OtherBundle`.
+        Cancelling the call takes its rows out of the batch before the next step. So does the death of `caller`, the
+        actor that asks: Ray lets a call go on that nobody hears the end of. `bundle` is the digest of the one that is
+        meant. Raises `OtherBundle`.
         """
         same_bundle(self._digest, bundle)
         tracing = Open("denoise", request.trace)
         async with aclosing(self._stage.denoise(replace(request, trace=tracing.carrier))) as events:
             waiting = asyncio.create_task(_next(events))
             orphaned = asyncio.create_task(_until_dead(caller))
+            told_at = -math.inf
             try:
                 while True:
                     await asyncio.wait({waiting, orphaned}, return_when=asyncio.FIRST_COMPLETED)
                     if not waiting.done() or (event := waiting.result()) is None:
                         return
                     waiting = asyncio.create_task(_next(events))
+                    if isinstance(event, StepDone):
+                        # A message through Ray costs both ends a millisecond or two, and nobody reads so fast.
+                        if time.monotonic() < told_at + _STEP_SECONDS and event.step < event.steps:
+                            continue
+                        told_at = time.monotonic()
                     yield event
             finally:
                 for task in (waiting, orphaned):

@@ -14,24 +14,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, Manifest
+from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Array, Engine
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
 from serving.media.fmp4 import EncodedFragment, encode_fragment
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.pace import Pace, StageState
-from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpec
+from serving.pipeline.stages import DecoderName, Fragment, LatentChunk, LostSession, VideoSpec
 
 _CACHE, _NEXT_CACHE = "cache_", "next_cache_"
 # Noise for decoding, apart from what the same seed gives denoising.
 _NOISE = (0, 0, 0)
+# For the first latents, and for those after them.
+EnginePair = tuple[Engine, Engine]
 
 
 @dataclass(slots=True, eq=False)
 class _Session:
     """One video's causal cache, by the names of `decoder_next`'s inputs; `users` counts the calls that want it."""
 
+    engines: EnginePair
     cache: dict[str, Array] = field(default_factory=dict)
     next_chunk: int = 0
     placed: bool = False
@@ -43,6 +46,8 @@ class _Session:
 class EngineDecoder:
     """A `Decoder` over the two decoder engines; decoding and encoding each have a thread, so that they overlap.
 
+    A bundle may have a tiny pair beside them, which then decodes the videos that ask for it.
+
     At most `max_sessions` videos hold a cache; a new video waits for a place. It gets the place of a video that ends,
     or of the one that has been idle longest, if that is `idle_seconds` or more: that video's next chunk raises
     `LostSession`. Without such a time of grace videos would push each other out between any two chunks.
@@ -50,14 +55,16 @@ class EngineDecoder:
 
     def __init__(
         self,
-        first: Engine,
-        following: Engine,
+        engines: EnginePair,
         manifest: Manifest,
         *,
+        tiny: EnginePair | None = None,
         max_sessions: int = 8,
         idle_seconds: float = 10.0,
     ) -> None:
-        self._first, self._following = first, following
+        self._engines: dict[DecoderName, EnginePair] = {"full": engines}
+        if tiny is not None:
+            self._engines["tiny"] = tiny
         self._manifest = manifest
         self._max_sessions, self._idle_seconds = max_sessions, idle_seconds
         self._sessions: dict[str, _Session] = {}
@@ -78,8 +85,18 @@ class EngineDecoder:
         max_sessions: int = 8,
         idle_seconds: float = 10.0,
     ) -> EngineDecoder:
-        first, following = Opener(bundle, threads, provider, plans).open("decoder_first", "decoder_next")
-        return cls(first, following, bundle.manifest, max_sessions=max_sessions, idle_seconds=idle_seconds)
+        opener = Opener(bundle, threads, provider, plans)
+        names: list[GraphName] = ["decoder_first", "decoder_next"]
+        if bundle.manifest.tiny_decoder is not None:
+            names += ["tiny_decoder_first", "tiny_decoder_next"]
+        first, following, *tiny = opener.open(*names)
+        return cls(
+            (first, following),
+            bundle.manifest,
+            tiny=(tiny[0], tiny[1]) if tiny else None,
+            max_sessions=max_sessions,
+            idle_seconds=idle_seconds,
+        )
 
     @property
     def sessions(self) -> int:
@@ -93,7 +110,7 @@ class EngineDecoder:
         return StageState(self._calls - self._running, self._running, seconds, self._pace.busy_seconds)
 
     async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        frames = await self._frames(video_id, spec.seed, chunk)
+        frames = await self._frames(video_id, spec, chunk)
         start = first_frame(self._manifest, chunk.index)
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
@@ -105,7 +122,7 @@ class EngineDecoder:
         return Fragment(index=chunk.index, frames=len(frames), first_frame=start, init=encoded.init, data=encoded.data)
 
     async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
-        await self._frames(video_id, spec.seed, chunk)
+        await self._frames(video_id, spec, chunk)
 
     async def close(self, video_id: str) -> None:
         self._sessions.pop(video_id, None)
@@ -116,10 +133,13 @@ class EngineDecoder:
         await asyncio.to_thread(self._decode_thread.shutdown)
         await asyncio.to_thread(self._encode_thread.shutdown)
 
-    async def _frames(self, video_id: str, seed: int, chunk: LatentChunk) -> NDArray[np.uint8]:
+    async def _frames(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> NDArray[np.uint8]:
         """The chunk's frames uint8 `[n, height, width, 3]`, uncropped."""
         if chunk.index == 0 or chunk.opens:
-            self._sessions[video_id] = _Session(next_chunk=chunk.index)  # a replay starts afresh
+            if spec.decoder not in self._engines:  # the bundle was changed since it was asked
+                raise ValueError(f"this model has no {spec.decoder} decoder any more")
+            # A replay starts afresh.
+            self._sessions[video_id] = _Session(self._engines[spec.decoder], next_chunk=chunk.index)
         session = self._sessions.get(video_id)
         if session is None:
             raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
@@ -128,7 +148,7 @@ class EngineDecoder:
         self._latents += chunk.latents.size
         try:
             async with session.turn:
-                return await self._decode(video_id, seed, session, chunk)
+                return await self._decode(video_id, spec.seed, session, chunk)
         finally:
             session.users -= 1
             self._calls -= 1
@@ -149,7 +169,7 @@ class EngineDecoder:
         self._running += 1
         try:
             frames, session.cache = await asyncio.get_running_loop().run_in_executor(
-                self._decode_thread, self._run, session.cache, self._feeds(seed, chunk)
+                self._decode_thread, self._run, session.engines, session.cache, self._feeds(seed, chunk)
             )
         finally:
             self._running -= 1
@@ -182,8 +202,11 @@ class EngineDecoder:
             feeds["noise"] = random.standard_normal(feeds["latents"].shape, dtype=np.float32)
         return feeds
 
-    def _run(self, cache: dict[str, Array], feeds: dict[str, Array]) -> tuple[NDArray[np.uint8], dict[str, Array]]:
+    def _run(
+        self, engines: EnginePair, cache: dict[str, Array], feeds: dict[str, Array]
+    ) -> tuple[NDArray[np.uint8], dict[str, Array]]:
         """Frames uint8 `[n, height, width, 3]` and the cache for the next chunk, in the engines' thread."""
+        first_engine, next_engine = engines
         frames = []
         started = time.monotonic()
         start, count = 0, feeds["latents"].shape[2]
@@ -191,11 +214,11 @@ class EngineDecoder:
             # A causal VAE's first latent frame is unlike all others; any other VAE decodes best what it sees whole.
             latent = self._manifest.latent
             first = latent.first if latent.streaming == "exact" else count
-            cache = self._first.run({name: array[:, :, :first] for name, array in feeds.items()})
+            cache = first_engine.run({name: array[:, :, :first] for name, array in feeds.items()})
             frames.append(cache.pop("frames")[0])
             start = first
         if start < count:
-            outputs = self._following.run({name: array[:, :, start:] for name, array in feeds.items()} | cache)
+            outputs = next_engine.run({name: array[:, :, start:] for name, array in feeds.items()} | cache)
             frames.append(outputs.pop("frames")[0])
             cache = {_CACHE + name.removeprefix(_NEXT_CACHE): value for name, value in outputs.items()}
         self._pace.took(feeds["latents"].size, time.monotonic() - started)

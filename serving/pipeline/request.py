@@ -9,7 +9,7 @@ import secrets
 from models.bundle import Manifest
 from serving.media.fmp4 import CODECS, Codec
 from serving.pipeline.shortcuts import CACHES, Cache
-from serving.pipeline.stages import VideoSpec
+from serving.pipeline.stages import DECODERS, DecoderName, VideoSpec
 from serving.pipeline.text import clean_prompt
 
 MAX_SEED = 2**63 - 1
@@ -46,6 +46,7 @@ def make_spec(
     cache: object = None,
     lora: object = None,
     codec: object = None,
+    decoder: object = None,
     can_rewrite: bool | None = None,
     rewrite_by_default: bool = True,
 ) -> VideoSpec:
@@ -85,6 +86,7 @@ def make_spec(
         cache=_cache(cache),
         lora=_loras(manifest, lora),
         codec=_codec(codec),
+        decoder=_decoder(manifest, decoder),
     )
 
 
@@ -126,6 +128,22 @@ def _codec(value: object) -> Codec:
         if value == codec:
             return codec
     raise InvalidRequest("codec", f"codec must be one of {', '.join(CODECS)}, not {_kind(value)}")
+
+
+def decoders_of(manifest: Manifest) -> tuple[DecoderName, ...]:
+    """What `decoder` may be."""
+    return DECODERS if manifest.tiny_decoder else DECODERS[:1]
+
+
+def _decoder(manifest: Manifest, value: object) -> DecoderName:
+    if value is None:
+        return "full"
+    served = decoders_of(manifest)
+    for name in served:
+        if value == name:
+            return name
+    hint = "" if manifest.tiny_decoder else f": {manifest.name} has no other"
+    raise InvalidRequest("decoder", f"decoder must be {' or '.join(served)}, not {_kind(value)}{hint}")
 
 
 def _loras(manifest: Manifest, value: object) -> tuple[tuple[str, float], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from serving.jobs.checkpoint import NOTHING, Checkpoint
 from serving.media.fmp4 import Codec
 from serving.pipeline.shortcuts import Cache
 from serving.tracing import Carrier
+
+# The VAE's, and one that is several times as fast and less sharp (`models.tiny_decoder`).
+DecoderName = Literal["full", "tiny"]
+DECODERS: Final[tuple[DecoderName, ...]] = ("full", "tiny")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class VideoSpec:
     cache: Cache = "off"
     lora: tuple[tuple[str, float], ...] = ()
     codec: Codec = "h264"
+    decoder: DecoderName = "full"
 
     @property
     def rendered_prompt(self) -> str:

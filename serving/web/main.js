@@ -37,8 +37,10 @@ async function fillModels() {
   find("model").replaceChildren(...data.map((/** @type {any} */ model) => new Option(model.id)));
   if (data.some((/** @type {any} */ model) => model.id === chosen)) find("model").value = chosen;
   const limit = () => {
-    const { limits } = data.find((/** @type {any} */ model) => model.id === find("model").value) ?? {};
+    const { limits, decoders } = data.find((/** @type {any} */ model) => model.id === find("model").value) ?? {};
     if (!limits) return;
+    find("decoders").hidden = !decoders?.includes("tiny");
+    if (find("decoders").hidden) find("decoder").value = "";
     find("seconds").max = limits.max_seconds;
     find("num_inference_steps").max = limits.max_steps ?? "";
     find("seconds").placeholder = limits.default_seconds ?? "";

@@ -187,6 +187,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "scene_prompts": [],
         "lora": [],
         "codec": "h264",
+        "decoder": "full",
     }
     assert (await client.get(f"/v1/videos/{response.json()['id']}")).json() == response.json()
     assert service.wakes == 1
