@@ -43,7 +43,7 @@ from serving.pipeline.stages import (
     TextEncoder,
     VideoSpec,
 )
-from serving.tracing import attempting
+from serving.tracing import below, record_beginning
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,10 @@ class Attempt:
         """
         video = self._video
         numbers = {"attempt": video.attempt, "fence": video.fence}
-        with about(video_id=video.id, attempt=video.attempt), attempting(video.id, model=video.model, **numbers):
+        if video.batch_id is not None and video.fence == 1:
+            created, batch = int(1e9 * video.created_at), {"batch.id": video.batch_id}
+            record_beginning(video.id, "batch line", created, time.time_ns(), model=video.model, **batch)
+        with about(video_id=video.id, attempt=video.attempt), below(video.id, "attempt", model=video.model, **numbers):
             said = f": {video.prompt}" if self._settings.log_prompts else ""
             _log.info("attempt %d at %s of %s s begins%s", video.attempt, video.size, video.seconds, said)
             await self._run()
