@@ -113,7 +113,10 @@ ALL = (
     ),
     Alert(
         "RushesWebhooksGivenUp",
-        'increase(ray_rushes_webhooks_total{outcome="given_up"}[1h]) > 0',
+        # A counter comes into being with its first count, in which `increase` sees none.
+        'increase(ray_rushes_webhooks_total{outcome="given_up"}[1h]) > 0 or '
+        '(ray_rushes_webhooks_total{outcome="given_up"} '
+        'unless ray_rushes_webhooks_total{outcome="given_up"} offset 1h)',
         "0m",
         "ticket",
         "Targets of webhooks were tried for as long as the configuration says, and never heard.",

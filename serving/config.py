@@ -50,7 +50,6 @@ class AutoscalingConfig(_Strict):
         description="Replicas that are always there; with 0 an idle model goes, and its next video waits for it.",
     )
     max_replicas: PositiveInt = Field(default=1, description="Replicas there may be at most.")
-    target_ongoing_requests: PositiveFloat = Field(default=4.0, description="Requests a replica should have in hand.")
     upscale_delay_seconds: NonNegativeFloat = Field(
         default=2.0, description="How long the load must last to add a replica."
     )
@@ -63,6 +62,17 @@ class AutoscalingConfig(_Strict):
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must not be less than min_replicas")
         return self
+
+
+class ScalingConfig(_Strict):
+    """By what work a stage gets replicas. A Serve file's `autoscaling_policy`, such as the chart's, says it instead."""
+
+    target_seconds: PositiveFloat = Field(
+        default=30.0, description="A stage gets as many replicas as can do its work in this time."
+    )
+    cold_start_seconds: NonNegativeFloat = Field(
+        default=10.0, description="How long a replica takes to be ready: what is done by then asks for none."
+    )
 
 
 class StageConfig(_Strict):
@@ -297,6 +307,7 @@ class ServiceConfig(_Strict):
     )
     denoiser: DenoiserConfig = Field(default=DenoiserConfig(num_cpus=0.5), description="The denoiser stage.")
     decoder: DecoderConfig = Field(default=DecoderConfig(num_cpus=0.3), description="The decoder stage.")
+    scaling: ScalingConfig = Field(default=ScalingConfig(), description="By what work stages get replicas.")
     runner: RunnerConfig = Field(default=RunnerConfig(), description="The runners.")
     api: ApiConfig = Field(default=ApiConfig(), description="The HTTP front.")
     require_keys: bool | None = Field(

@@ -1,8 +1,9 @@
-"""Traces of videos, as OpenTelemetry has them: from the request over every replica to each engine step.
+"""Traces of videos and interactive sessions, as OpenTelemetry has them: from the request over every replica to each
+engine step.
 
 Off until `start_tracing`, and then at no cost worth naming. A video's trace id is made of the video's id, so that every
-attempt at it, on whichever runner, is in one trace, which `trace_id_of` finds again. Between replicas the context goes
-along in the calls (`carrier`), not in Ray.
+attempt at it, on whichever runner, is in one trace, which `trace_id_of` finds again; a session's likewise. Between
+replicas the context goes along in the calls (`carrier`), not in Ray.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def trace_id_of(video_id: str) -> str:
 
 
 @contextmanager
-def beginning(video_id: str, headers: Mapping[str, str], **attributes: str) -> Iterator[None]:
+def beginning(
+    video_id: str, headers: Mapping[str, str], name: str = "POST /v1/videos", **attributes: str
+) -> Iterator[None]:
     """The first span of a video's trace, linked to the client's own trace if its `traceparent` came along."""
     if _tracer is None:
         yield
@@ -75,22 +78,30 @@ def beginning(video_id: str, headers: Mapping[str, str], **attributes: str) -> I
 
     client = trace.get_current_span(_extracted(headers)).get_span_context()
     links = [trace.Link(client)] if client.is_valid else []
-    token = _wanted.set(video_id)
-    try:
-        span = _tracer.start_span("POST /v1/videos", Context(), links=links, attributes=_with(video_id, attributes))
-    finally:
-        _wanted.reset(token)
+    with _first(video_id):
+        span = _tracer.start_span(name, Context(), links=links, attributes=_with(video_id, attributes))
     with trace.use_span(span, end_on_exit=True):
         yield
 
 
+def record_beginning(video_id: str, name: str, began_ns: int, ended_ns: int, **attributes: str) -> None:
+    """The first span of a video that no request of its own asked for."""
+    if _tracer is None:
+        return
+    from opentelemetry.context import Context
+
+    with _first(video_id):
+        span = _tracer.start_span(name, Context(), attributes=_with(video_id, attributes), start_time=began_ns)
+    span.end(ended_ns)
+
+
 @contextmanager
-def attempting(video_id: str, **attributes: str | int) -> Iterator[None]:
-    """One attempt's span: whatever this task does in the block is below it."""
+def below(video_id: str, name: str, **attributes: str | int) -> Iterator[None]:
+    """A span right below the video's first: whatever this task does in the block is below it in turn."""
     if _tracer is None:
         yield
         return
-    with _tracer.start_as_current_span("attempt", _root(video_id), attributes=_with(video_id, attributes)):
+    with _tracer.start_as_current_span(name, _root(video_id), attributes=_with(video_id, attributes)):
         yield
 
 
@@ -133,6 +144,16 @@ def carrier() -> Carrier:
     from opentelemetry import trace
 
     return _injected(trace.get_current_span())
+
+
+@contextmanager
+def _first(video_id: str) -> Iterator[None]:
+    """A span that is started in the block gets the ids of the video's first one."""
+    token = _wanted.set(video_id)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 def _with(video_id: str, attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,15 @@ class Mark:
                 found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         return found
 
+    def kill(self, part: str) -> bool:
+        """SIGKILL to one process with this in its command line; whether there was one."""
+        for pid, command in self.processes().items():
+            if part in command:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+        return False
+
     def kill_all(self) -> None:
         """SIGKILL, until none is left: they may be starting others."""
         while pids := self.processes():

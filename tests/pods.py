@@ -33,8 +33,10 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "120",
     "RAY_worker_register_timeout_seconds": "180",
+    "RAY_agent_register_timeout_ms": "120000",
 }
 _OBJECT_STORE_BYTES = 128 << 20
+_NO_HEAD = "Did the head node or gcs start successfully?"
 _UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 
 
@@ -55,6 +57,14 @@ class Pods:
         self._worker_http = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(worker_http)}
         self.url = f"http://127.0.0.1:{worker_http}"
         """Of the worker's proxy: the Service leaves the head out."""
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._operator = httpx.Client(
+            base_url=f"http://127.0.0.1:{self._dashboard}",
+            headers={"Authorization": f"Bearer {self._token}"},
+            timeout=30,
+            trust_env=False,
+        )
+        self._user = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
         self.head, self.worker = Mark(), Mark()
 
     def serve_config(self, mounts: Mapping[str, Path]) -> dict[str, Any]:
@@ -67,6 +77,8 @@ class Pods:
         return config
 
     def start_head(self) -> None:
+        # A new pod's /tmp is empty: this file would have it believe that another head runs here.
+        (self._temporary / "ray_current_cluster").unlink(missing_ok=True)
         cluster = self._service["rayClusterConfig"]
         kept = cluster.get("gcsFaultToleranceOptions", {}).get("redisAddress")
         outlived = {"RAY_REDIS_ADDRESS": kept, "RAY_external_storage_namespace": self._token[:8]} if kept else {}
@@ -78,6 +90,7 @@ class Pods:
             f"--port={self._port}",
             f"--dashboard-port={self._dashboard}",
             f"--ray-client-server-port={free_port()}",
+            f"--metrics-export-port={free_port()}",
             f"--temp-dir={self._temporary}",
             "--no-monitor",  # its autoscaler is a container of its own
             environment=outlived,
@@ -99,20 +112,35 @@ class Pods:
             *[sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"],
             *[f"--{key}={value}" for key, value in own.items()],
             *options,
-            *[f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={_OBJECT_STORE_BYTES}"],
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
             *["--min-worker-port=0", "--max-worker-port=0"],
+            # One that it must be told of itself is waited for by the raylet for 15 s only.
+            *[
+                f"--{name}-port={free_port()}"
+                for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent")
+            ],
         ]
         given = {each["name"]: str(each["value"]) for each in container["env"]} | _ENVIRONMENT
-        given |= {"HOME": str(self._temporary), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        given |= {
+            "DASHBOARD_METRIC_PORT": str(free_port()),
+            "HOME": str(self._temporary),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._token,
+        }
         given |= self._environment | environment | mark.environment
         with (self._directory / f"{name}.log").open("ab") as log:
-            subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | given, start_new_session=True)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | given, start_new_session=True)
+        self._started[name] = process
 
     def dashboard(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """As the operator asks."""
-        headers = {"Authorization": f"Bearer {self._token}"}
-        url = f"http://127.0.0.1:{self._dashboard}{path}"
-        return httpx.request(method, url, headers=headers, timeout=30, trust_env=False, **options)
+        """As the operator asks. Raises `AssertionError` when a pod has ended by itself."""
+        for name, process in list(self._started.items()):
+            if process.poll() is not None:
+                said = (self._directory / f"{name}.log").read_text()[-4000:]
+                # KubeRay has a worker wait for its head, in a container before it.
+                assert (name, _NO_HEAD in said) == ("worker", True), said
+                self.start_worker()
+        return self._operator.request(method, path, **options)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         """Hand the Serve configuration over, as soon as there is somebody to take it."""
@@ -133,6 +161,14 @@ class Pods:
                 return found
         return {}
 
+    def replicas(self) -> dict[str, dict[str, str]]:
+        """The state of each, by deployment and id."""
+        deployments = self.application().get("deployments", {})
+        return {
+            name: {replica["replica_id"]: replica["state"] for replica in deployment["replicas"]}
+            for name, deployment in deployments.items()
+        }
+
     def wait_until_it_runs(self) -> None:
         """Every deployment as it was last told to be, and the worker's proxy answering."""
         while True:
@@ -140,11 +176,13 @@ class Pods:
             assert application.get("status") != "DEPLOY_FAILED", application
             if application.get("status") == "RUNNING":
                 with suppress(httpx.TransportError):
-                    if httpx.get(f"{self.url}/health", trust_env=False).is_success:
+                    if self._user.get("/health").is_success:
                         return
             time.sleep(0.1)
 
     def end(self) -> None:
+        self._operator.close()
+        self._user.close()
         self.worker.kill_all()
         self.head.kill_all()
         shutil.rmtree(self._temporary, ignore_errors=True)

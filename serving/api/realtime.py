@@ -45,6 +45,7 @@ from serving.jobs.keys import LimitReached
 from serving.media.fmp4 import codec_string
 from serving.pipeline.interactive import Interaction, LiveStages
 from serving.pipeline.stages import OtherBundle
+from serving.tracing import beginning, below
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ class _Conversation:
         interaction = Interaction(
             session_id, manifest, spec, self._stages[model], buffer_seconds=self._settings.buffer_seconds
         )
-        prompt = await interaction.begin()
+        with below(session_id, "prompt"):
+            prompt = await interaction.begin()
         self._interaction, self._asked = interaction, asked
         about = {
             "id": interaction.id,
@@ -220,18 +222,22 @@ class _Conversation:
             "buffer_seconds": self._settings.buffer_seconds,
         }
         await self._send(server_event("session.created", session=about | prompt_said(prompt)))
-        self._tasks.create_task(self._make(interaction, manifest.fps))
+        self._tasks.create_task(self._make(interaction, model, manifest.fps))
         self._tasks.create_task(self._watch_model(interaction, model))
 
     async def _change_prompt(self, interaction: Interaction, change: PromptChange) -> None:
         assert self._asked is not None
         with _named():
             new_spec(self._asked.model_copy(update={"prompt": change.prompt}).as_request(), self._catalog)
-        with _refused("session.prompt"):
+        with _refused("session.prompt"), below(interaction.id, "prompt"):
             prompt = await interaction.change_prompt(change.prompt)
         await self._send(server_event("session.updated", session={"id": interaction.id, **prompt_said(prompt)}))
 
-    async def _make(self, interaction: Interaction, fps: int) -> None:
+    async def _make(self, interaction: Interaction, model: str, fps: int) -> None:
+        with beginning(interaction.id, self._socket.headers, "WS /v1/realtime", model=model):
+            await self._send_all(interaction, fps)
+
+    async def _send_all(self, interaction: Interaction, fps: int) -> None:
         begun = False
         async with aclosing(interaction.fragments()) as fragments:
             while True:

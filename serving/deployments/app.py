@@ -34,6 +34,8 @@ _SHUTDOWN_LOOK_SECONDS = 0.2
 _HEALTH_LOOK_SECONDS = 2.0
 # Load is averaged over so long before anything is decided by it; Ray's 30 s would be most of a short video.
 _LOOK_BACK_SECONDS = 12.0
+# Unless the application has one for its stages together, which Ray takes from a Serve file only.
+_POLICY = "serving.deployments.scaling:StagePolicy"
 
 
 def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Application:
@@ -119,7 +121,7 @@ def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool
             autoscaling_config={
                 "min_replicas": scaling.min_replicas,
                 "max_replicas": scaling.max_replicas,
-                "target_ongoing_requests": scaling.target_ongoing_requests,
+                "policy": {"policy_function": _POLICY, "policy_kwargs": config.scaling.model_dump()},
                 "upscale_delay_s": scaling.upscale_delay_seconds,
                 "downscale_delay_s": scaling.downscale_delay_seconds,
                 "look_back_period_s": _LOOK_BACK_SECONDS,

@@ -51,6 +51,17 @@ class VideoPolicy:
         return wanted, states
 
 
+class StagePolicy:
+    """The same for one stage by itself: it sees nothing of what comes to it from the stage before."""
+
+    def __init__(self, **settings: float) -> None:
+        self._settings = Settings(**settings)
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        (stage,) = (stage for stage in ORDER if context.deployment_name.endswith(f"-{stage}"))
+        return decide({stage: _load(context)}, self._settings, {})[stage], {}
+
+
 def _load(context: Any) -> Load:
     metrics = context.aggregated_metrics or {}
 

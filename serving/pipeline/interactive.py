@@ -33,6 +33,7 @@ from serving.pipeline.stages import (
     TextEncoder,
     VideoSpec,
 )
+from serving.tracing import carrier
 
 # What a decoder that has lost its session is shown again: more latent frames than its convolutions look back on.
 _KEPT_CHUNKS = 8
@@ -207,6 +208,7 @@ class Interaction:
                 begun=Checkpoint(chunks=tuple(chunk.latents for chunk in self._remembered())),
                 steering=steering,
                 chunks_before=self._made,
+                trace=carrier(),
             )
             try:
                 async with aclosing(self._stages.denoiser.denoise(request)) as events:

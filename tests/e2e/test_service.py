@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,14 @@ import httpx
 import openai
 import pytest
 import ray
+import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
+from queries import all_metrics
 from receiver import SECRET, Receiver, receiving
 
+from k8s import look, render
 from models.bundle import Bundle
 from serving.bench.observed import between, counts
 from serving.client import Rushes
@@ -334,7 +340,8 @@ def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) 
                 found.setdefault(sample.name, []).append(sample.labels)
         return found
 
-    scraped = until(samples, lambda found: exported_names() <= found.keys())
+    # All that dashboards and alerts ask for, Ray's own too.
+    scraped = until(samples, lambda found: exported_names() | all_metrics() <= found.keys())
     stages = {(labels["model"], labels["stage"]) for labels in scraped["ray_rushes_stage_call_seconds_count"]}
     assert {("tiny", "text-encoder"), ("tiny", "denoiser"), ("tiny", "decoder")} <= stages
     observed = between({}, counts(httpx.get(page).text), wall_seconds=60, completed=1, latency_seconds=None)
@@ -342,6 +349,49 @@ def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) 
     assert observed.rows is not None
     assert all(labels["model"] in ("tiny", "tiny-causal") for labels in scraped["ray_rushes_videos_ended_total"])
     assert {labels["state"] for labels in scraped["ray_rushes_jobs"]} == {"queued", "held", "in_progress", "lapsed"}
+
+
+def test_prometheus_has_something_for_the_dashboards(
+    running: RunningService, client: httpx.Client, tmp_path: Path
+) -> None:
+    """With what k8s/operations.md says for a laptop, but for the port."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("there is no prometheus: install the `prometheus` package")
+    finished(client)
+    config = yaml.safe_load((render.HERE / "laptop" / "prometheus.yml").read_text())
+    config["rule_files"] = [str(render.HERE / "laptop" / file) for file in config["rule_files"]]
+    config["scrape_configs"][0]["static_configs"] = [
+        {"targets": [f"127.0.0.1:{running.config.observability.metrics_port}"]}
+    ]
+    file, port = tmp_path / "prometheus.yml", free_port()
+    file.write_text(yaml.safe_dump(config))
+    command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={tmp_path}/tsdb"]
+    with (tmp_path / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as prometheus:
+            shown: dict[str, list[str]] = {}
+
+            def look_again() -> set[str]:
+                """Which panels have shown something by now: a busy machine may not answer each scrape in time."""
+                title, said = "", list[str]()
+                with suppress(httpx.HTTPError):  # until it has read its own files
+                    said = [*look.lines(prometheus)]
+                for line in said:
+                    if not line.startswith(" "):
+                        title = line.partition(" [")[0]
+                    elif line.strip() != "no data":
+                        shown.setdefault(title, []).append(line.strip())
+                return set(shown)
+
+            # Those that one look of Prometheus' own is enough for.
+            wanted = {"Videos in the store", "Work in hand", "Waiting", "In work", "Replicas", "What runs"}
+            until(look_again, lambda titles: wanted <= titles)
+        assert "tiny-denoiser: 1" in shown["Replicas"]
+        assert not any("firing" in alert for alert in shown.get("# Alerts", []))
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_one_trace_leads_from_the_request_to_every_step(running: RunningService, client: httpx.Client) -> None:
@@ -356,6 +406,29 @@ def test_one_trace_leads_from_the_request_to_every_step(running: RunningService,
     assert {by_id[step.parent_span_id].name for step in steps} == {"denoise"}
     # API, runner and the three stages.
     assert len({replica for replica, _ in spans}) == 5
+
+
+def test_batches_and_sessions_are_traced_too(running: RunningService, client: httpx.Client) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/videos", "body": ASKED | {"model": "tiny"}}
+    file = client.post("/v1/files", files={"file": json.dumps(line).encode()}, data={"purpose": "batch"}).json()
+    asked = {"input_file_id": file["id"], "endpoint": "/v1/videos", "completion_window": "24h"}
+    batch_id = client.post("/v1/batches", json=asked).json()["id"]
+    settings = {"model": "tiny-causal", "size": "64x64", "num_inference_steps": 2}
+    with Rushes(running.service.url) as rushes, rushes.realtime("a red ball", **settings) as live:
+        next(iter(live))
+        session_id = live.session["id"]
+    batch = until(lambda: client.get(f"/v1/batches/{batch_id}").json(), lambda seen: seen["status"] == "completed")
+    result = json.loads(client.get(f"/v1/files/{batch['output_file_id']}/content").text)
+    made = {"denoise", "step", "decode", "encode"}
+    for traced, root, below in (
+        (result["response"]["body"]["id"], "batch line", {"attempt", *made}),
+        (session_id, "WS /v1/realtime", {"prompt", *made}),
+    ):
+        spans = until(
+            lambda of=traced: running.spans(of), lambda found, all=below | {root}: all <= {s.name for _, s in found}
+        )
+        by_id = {span.span_id for _, span in spans}
+        assert [span.name for _, span in spans if span.parent_span_id not in by_id] == [root]
 
 
 def test_logs_say_which_video_and_never_what_of(running: RunningService, client: httpx.Client) -> None:

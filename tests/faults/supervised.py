@@ -77,12 +77,7 @@ class SupervisedService:
 
     def kill(self, name: str) -> bool:
         """SIGKILL to one process of this name (see `PROCESSES`); whether there was one."""
-        for pid, command in self.processes().items():
-            if PROCESSES[name] in command:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    return True
-        return False
+        return self._mark.kill(PROCESSES[name])
 
     def signal(self, number: signal.Signals) -> None:
         """To `rushes serve` itself."""

@@ -53,7 +53,7 @@ async def test_tasks_are_about_what_their_starter_was() -> None:
 
 
 def test_without_tracing_nothing_is_carried() -> None:
-    with tracing.attempting("video_1"), tracing.span("encode", {"traceparent": "00-1-2-01"}):
+    with tracing.below("video_1", "attempt"), tracing.span("encode", {"traceparent": "00-1-2-01"}):
         assert tracing.carrier() == {}
     opened = tracing.Open("denoise", {})
     assert opened.carrier == {}

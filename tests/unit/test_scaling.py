@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID
 
-from serving.deployments.scaling import VideoPolicy, stats_of
+from serving.config import ScalingConfig
+from serving.deployments.scaling import StagePolicy, VideoPolicy, stats_of
 from serving.pipeline.pace import StageState
 from serving.scaling import ORDER, Load, Settings, decide, shares_of
 
@@ -193,6 +194,16 @@ def test_the_policy_speaks_rays_language() -> None:
         ids["denoiser"]: context(replace(IDLE, replicas=2, in_flight=3.0, slack_seconds=-1, starting=1))
     }
     assert policy(starting)[0][ids["denoiser"]] == 2
+
+
+def test_a_stage_by_itself_is_scaled_by_its_own_work() -> None:
+    policy = StagePolicy(**ScalingConfig(cold_start_seconds=0, target_seconds=10).model_dump())
+    stage = context(busy(45))
+    stage.deployment_name = "my-model-denoiser"
+    assert policy(stage) == (5, {})
+    stage = context(replace(IDLE, least=0))
+    stage.deployment_name = "my-model-decoder"
+    assert policy(stage) == (0, {})
 
 
 def test_a_misspelt_setting_is_refused() -> None:
