@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from export import captioner, parity
+from export import captioner, parity, preview
 from export.lora import Adapter, merge
 from export.named_lora import NamedLora, attach, switched
 from export.onnx import OPSET, ExportError, WeightFile, export_graph
@@ -71,7 +71,7 @@ def export_checkpoint(
     extras = SmallModels.of(checkpoint, family)
     with replaced(output) as folder:
         manifest = _write(family, graphs, extras, settings, plan, named, folder, progress, verify)
-        manifest = manifest.model_copy(update={"adapters": merged})
+        manifest = manifest.model_copy(update={"adapters": merged, "preview": preview.fit(manifest, folder)})
         if verify:
             progress("Comparing a whole video")
             manifest = manifest.model_copy(update={"proof": prove(family, graphs, manifest, folder)})

@@ -160,6 +160,13 @@ class LatentInfo(_Strict):
         return self.lead + self.group
 
 
+class PreviewInfo(_Strict):
+    """A latent cell's colour without the decoder: `latent @ factors + bias` is RGB from 0 to 1, roughly."""
+
+    factors: tuple[tuple[float, float, float], ...] = Field(description="What each latent channel adds to R, G and B.")
+    bias: tuple[float, float, float]
+
+
 class TinyDecoderInfo(_Strict):
     """A second, smaller decoder of the same latents, for requests that would rather have speed; see
     `models.tiny_decoder`. Its graphs have the inputs and outputs of the VAE's, with fewer and smaller caches."""
@@ -336,6 +343,7 @@ class Manifest(_Strict):
     versions: dict[str, str] = Field(description="Library versions that made the bundle.")
     proof: ProofInfo | None = Field(default=None, description="None: exported without verification.")
     cost: CostInfo | None = Field(default=None, description="What it takes; None: never measured.")
+    preview: PreviewInfo | None = Field(default=None, description="None: nothing is to be seen before it is decoded.")
 
     @property
     def encodes(self) -> bool:
@@ -395,6 +403,12 @@ class Manifest(_Strict):
             self.shape_of("denoiser", "image_hidden_states") is None
         ):
             raise ValueError("a denoiser with `image_hidden_states` needs `image`, and no other has it")
+        return self
+
+    @model_validator(mode="after")
+    def _preview_fits_the_latents(self) -> Self:
+        if self.preview is not None and len(self.preview.factors) != self.latent.channels:
+            raise ValueError(f"`preview` is for {len(self.preview.factors)} latent channels")
         return self
 
     @model_validator(mode="after")

@@ -156,6 +156,7 @@ class WholeService:
             "denoiser": pipeline.denoiser,
             "decoder": pipeline.decoder,
             "encoder": pipeline.encoder,
+            "preview": bundle.manifest.preview,
         }
         self.pipeline = pipeline
         self.bundle = bundle

@@ -2,7 +2,8 @@
 
 An event is derived from the store and the log whenever somebody asks, so any replica tells the same story, and nothing
 is kept for a client that went away. Chunks have their fragment's number as `id`: a client that comes back with
-`Last-Event-ID` gets those after it, and how the video stands now.
+`Last-Event-ID` gets those after it, and how the video stands now. A `preview` is a picture of a chunk that is denoised
+and not decoded yet, made of its latents alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _EVENT_ID = "[0-9]{0,9}"
 LastEventId = Annotated[str, Header(json_schema_extra={"pattern": f"^{_EVENT_ID}$"})]
 _DOCUMENT: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "`queued`, `started`, `progress`, `chunk`, and at last `completed` or `failed`.",
+        "description": "`queued`, `started`, `progress`, `preview`, `chunk`, and at last `completed` or `failed`.",
         "content": {"text/event-stream": {}},
     }
 }
@@ -68,6 +69,7 @@ class _Telling:
         self._watch, self._from = watch, from_fragment
         self._events: asyncio.Queue[bytes | None] = asyncio.Queue(_WAITING)
         self._fps = 0
+        self._next_preview = from_fragment
 
     async def events(self) -> AsyncIterator[bytes]:
         telling = asyncio.gather(self._tell_state(), self._tell_chunks())
@@ -122,13 +124,22 @@ class _Telling:
                 if state != told:
                     about = {"progress": video.progress, "step": video.step, "steps": video.steps}
                     await self._put("progress", about)
+                await self._tell_previews()
             told = state
             await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _tell_previews(self) -> None:
+        """Of chunks that haven't been told of themselves."""
+        for index, picture in await self._storage.previews.since(self._watch.video.id, self._next_preview):
+            if index >= self._next_preview:
+                self._next_preview = index + 1
+                await self._put("preview", {"index": index, "preview": _data_url(picture)})
 
     async def _tell_chunks(self) -> None:
         try:
             async with aclosing(self._watch.entries(self._from)) as entries:
                 async for entry in entries:
+                    self._next_preview = max(self._next_preview, entry.index + 1)
                     await self._put("chunk", await self._chunk(entry), id=entry.index)
         except LogFailed:
             return  # the store says the same, and is who says it to the client
@@ -146,7 +157,7 @@ class _Telling:
             "seconds": entry.frames / self._fps,
             "bytes": entry.size_bytes,
             "sha256": entry.sha256,
-            "preview": f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}",
+            "preview": _data_url(picture),
         }
 
     async def _put(self, name: str, data: dict[str, Any], *, id: int | None = None) -> None:
@@ -154,3 +165,7 @@ class _Telling:
         if id is not None:
             lines.insert(0, f"id: {id}")
         await self._events.put("\n".join([*lines, "", ""]).encode())
+
+
+def _data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

@@ -63,7 +63,7 @@ class ApiDeployment:
             rewriter=config.text_encoder.rewriter,
             references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
             ask_stages=self._stages,
-            stages={name: remote_stages(handles, bundles[name].digest) for name, handles in self._handles.items()},
+            stages={name: remote_stages(handles, bundles[name]) for name, handles in self._handles.items()},
             realtime=config.realtime,
             places=places,
         )

@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 from tenacity import before_sleep_log, retry_if_not_exception_type, stop_after_delay, wait_exponential
 from tenacity.asyncio import AsyncRetrying
 
+from models.bundle import PreviewInfo
 from serving.deployments.timing import Timing
 from serving.jobs.artifacts import Artifact, Artifacts, checkpoint_key, video_key
 from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog, LogError, LogWriter
 from serving.jobs.keeper import Keeper
 from serving.jobs.log_copies import LogCopies
+from serving.jobs.previews import Previews
 from serving.jobs.store import StaleFence, Video, VideoNotFound, VideoStore
 from serving.jobs.video import BATCH
 from serving.logs import about
 from serving.media.fmp4 import remux_to_mp4
 from serving.media.frames import read_all
+from serving.media.latents import latent_preview
 from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
 from serving.pipeline.generation import generate
@@ -33,6 +36,7 @@ from serving.pipeline.stages import (
     Decoder,
     Fragment,
     FrameEncoder,
+    LatentChunk,
     OtherBundle,
     Steerable,
     StepDone,
@@ -53,7 +57,7 @@ _OTHER_BUNDLE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What makes the videos of one model; `bundle_digest` names its weights."""
+    """What makes the videos of one model; `bundle_digest` names its weights, `preview` says how latents look."""
 
     text_encoder: TextEncoder
     denoiser: Steerable
@@ -62,6 +66,7 @@ class Stages:
     captioner: Captioner | None = None
     encoder: FrameEncoder | None = None
     bundle_digest: str = ""
+    preview: PreviewInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +90,13 @@ class Attempt:
         artifacts: Artifacts,
         settings: AttemptSettings,
         copies: LogCopies | None = None,
+        previews: Previews | None = None,
     ) -> None:
-        """`copies` is where other machines get the fragments from, if they don't see the log itself."""
+        """`copies` is where other machines get the fragments from, if they don't see the log itself; `previews` where
+        chunks are to be seen before they are decoded."""
         self._video, self._stages, self._settings = video, stages, settings
-        self._store, self._artifacts, self._copies = store, artifacts, copies
+        self._store, self._artifacts, self._copies, self._previews = store, artifacts, copies, previews
+        self._showing: set[asyncio.Task[None]] = set()
         self._finished: dict[str, Artifact] = {}
         self._log_bytes = 0
         self._spec = VideoSpec(**video.request)
@@ -187,7 +195,22 @@ class Attempt:
             state_every=self._settings.checkpoint_steps,
             shown=writer.trusted,
             interactive=self._video.priority < BATCH,
+            on_chunk=self._on_chunk if self._video.priority < BATCH else None,
         )
+
+    def _on_chunk(self, chunk: LatentChunk) -> None:
+        """The making doesn't wait for its picture."""
+        if self._previews is not None and self._stages.preview is not None:
+            showing = asyncio.create_task(self._show(self._previews, chunk, self._stages.preview))
+            self._showing.add(showing)
+            showing.add_done_callback(self._showing.discard)
+
+    async def _show(self, previews: Previews, chunk: LatentChunk, colours: PreviewInfo) -> None:
+        try:
+            picture = await asyncio.to_thread(latent_preview, chunk.latents, colours)
+            await previews.put(self._video.id, chunk.index, picture)
+        except Exception:
+            _log.warning("%s: chunk %d is not to be seen early", self._video.id, chunk.index, exc_info=True)
 
     async def _source(self) -> NDArray[np.uint8] | None:
         """The frames that the video begins from."""
@@ -266,7 +289,9 @@ class Attempt:
         await self._written(lambda: self._store.fail(video.id, video.fence, code, message))
 
     async def _stop_keeping(self) -> None:
-        """Nothing more is kept from here on; what the next attempt can use has been put by then."""
+        """Nothing more is kept or shown from here on; what the next attempt can use has been put by then."""
+        for showing in self._showing:
+            showing.cancel()
         if self._keeper is not None:
             await self._keeper.close(flush=not self._cancel_requested and not self._stale)
 

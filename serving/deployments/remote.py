@@ -18,6 +18,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import RayServeException
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from models.bundle import Bundle
 from serving.deployments.attempt import Stages
 from serving.pipeline.stages import (
     DenoiseEvent,
@@ -150,15 +151,16 @@ class RemoteDecoder:
         return self._handle.options(session_id=video_id)
 
 
-def remote_stages(handles: StageHandles, bundle_digest: str) -> Stages:
-    text_encoder = RemoteTextEncoder(handles.text_encoder, bundle_digest)
-    decoder = RemoteDecoder(handles.decoder, bundle_digest)
+def remote_stages(handles: StageHandles, bundle: Bundle) -> Stages:
+    text_encoder = RemoteTextEncoder(handles.text_encoder, bundle.digest)
+    decoder = RemoteDecoder(handles.decoder, bundle.digest)
     return Stages(
         text_encoder,
-        RemoteDenoiser(handles.denoiser, bundle_digest),
+        RemoteDenoiser(handles.denoiser, bundle.digest),
         decoder,
         rewriter=text_encoder,
         captioner=text_encoder,
         encoder=decoder,
-        bundle_digest=bundle_digest,
+        bundle_digest=bundle.digest,
+        preview=bundle.manifest.preview,
     )

@@ -47,6 +47,7 @@ class Runner:
         """`retiring` are the stages of bundles that models had before."""
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._store, self._artifacts, self._copies = storage.videos, storage.artifacts, storage.copies
+        self._previews = storage.previews
         self._stages, self._retiring, self._settings = stages, retiring or {}, settings
         self._poll_seconds = poll_seconds
         self._places = asyncio.Semaphore(max_videos)
@@ -128,7 +129,7 @@ class Runner:
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
                 )
                 return
-            attempt = Attempt(video, stages, self._store, self._artifacts, self._settings, self._copies)
+            attempt = Attempt(video, stages, self._store, self._artifacts, self._settings, self._copies, self._previews)
             self._by_video[video.id] = attempt
             await attempt.run()
         except Exception:  # the lease runs out, and then it is tried again
@@ -162,7 +163,7 @@ class RunnerDeployment:
         self._apps = {name: of_model.denoiser.app_name for name, of_model in handles.items()}
         self._runner = Runner(
             storage,
-            {name: remote_stages(of_model, bundles[name].digest) for name, of_model in handles.items()},
+            {name: remote_stages(of_model, bundles[name]) for name, of_model in handles.items()},
             AttemptSettings(
                 lease_seconds=config.lease_seconds,
                 max_attempts=config.runner.max_attempts,
@@ -172,8 +173,7 @@ class RunnerDeployment:
             max_videos=config.runner.max_videos,
             poll_seconds=config.runner.poll_seconds,
             retiring={
-                name: remote_stages(of_model, Bundle.load(config.retiring[name]).digest)
-                for name, of_model in retiring.items()
+                name: remote_stages(of_model, Bundle.load(config.retiring[name])) for name, of_model in retiring.items()
             },
         )
         loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from serving.jobs.live import LiveSessions
 from serving.jobs.log_copies import LogCopies
 from serving.jobs.news import LogNews
 from serving.jobs.outbox import Outbox
+from serving.jobs.previews import Previews
 from serving.jobs.store import SqlVideoStore
 
 
@@ -28,6 +29,7 @@ class Storage:
     outbox: Outbox
     keys: KeyStore
     live: LiveSessions
+    previews: Previews
     copies: LogCopies | None = None
 
     @classmethod
@@ -44,5 +46,6 @@ class Storage:
             Outbox(database),
             KeyStore(database),
             LiveSessions(database),
+            Previews(database),
             LogCopies(artifacts, videos, LogNews(database)) if copy_logs else None,
         )

@@ -29,6 +29,7 @@ from serving.jobs.protocol import (
     VideoStore,
 )
 from serving.jobs.tables import idempotency as _keys
+from serving.jobs.tables import previews as _previews
 from serving.jobs.tables import videos as _videos
 from serving.jobs.video import HELD, StaleFence, Video, VideoStatus, new_video_id
 
@@ -281,6 +282,7 @@ class SqlVideoStore:
             gone = connection.execute(delete(_videos).where(_videos.c.id == video_id, _videos.c.status.in_(_ENDED)))
             if gone.rowcount:
                 connection.execute(delete(_keys).where(_keys.c.video_id == video_id))
+                connection.execute(delete(_previews).where(_previews.c.video_id == video_id))
             connection.execute(delete(_keys).where(_keys.c.expires_at <= self._clock()))
 
     async def _write(self, video_id: str, fence: int, changes: Callable[[Video], dict[str, Any]]) -> Video:
@@ -304,6 +306,7 @@ class SqlVideoStore:
         connection.execute(update(_videos).where(_videos.c.id == video.id).values(changes))
         changed = replace(video, **changes)
         if changed.status.final and not video.status.final:
+            connection.execute(delete(_previews).where(_previews.c.video_id == video.id))
             key = locked_key(connection, video.owner)
             if key is not None and key.max_running is not None:
                 balance(connection, key.id, key.max_running, self._clock())

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 metadata = MetaData()
 
@@ -52,6 +65,15 @@ videos = Table(
     # Unique, so that lines are put into the queue once however often that is tried.
     Index("videos_batch_lines", "batch_id", "batch_line", unique=True),
     Index("videos_batch_status", "batch_id", "status"),
+)
+
+# JPEGs of chunks that are denoised and not yet decoded; gone when the video has ended.
+previews = Table(
+    "previews",
+    metadata,
+    Column("video_id", String(64), primary_key=True),
+    Column("chunk", Integer, primary_key=True),
+    Column("picture", LargeBinary, nullable=False),
 )
 
 # What an `Idempotency-Key` was used for.

@@ -41,6 +41,7 @@ _SEEDS = 2**63
 
 Sink = Callable[[Fragment], Awaitable[None]]
 OnProgress = Callable[[StepDone], None]
+OnChunk = Callable[[LatentChunk], None]
 
 _T = TypeVar("_T")
 
@@ -88,6 +89,7 @@ async def generate(
     state_every: int = 0,
     shown: int = 0,
     interactive: bool = True,
+    on_chunk: OnChunk | None = None,
 ) -> None:
     """Await `sink` with every fragment once, in order, while later chunks are still being made.
 
@@ -103,7 +105,7 @@ async def generate(
 
     What `keeping` has is not denoised again, and it is given what is; a sampler's state every `state_every` steps. The
     first `shown` fragments are where they belong already: the sink isn't given them, and nothing is encoded for them.
-    An `interactive` video is one that somebody may be watching.
+    An `interactive` video is one that somebody may be watching. `on_chunk` gets each other chunk before it is decoded.
     """
     run = _Generation(
         video_id,
@@ -119,6 +121,7 @@ async def generate(
         state_every,
         shown,
         interactive,
+        on_chunk,
     )
     try:
         await run.to(sink)
@@ -143,10 +146,11 @@ class _Generation:
         state_every: int,
         shown: int,
         interactive: bool,
+        on_chunk: OnChunk | None,
     ) -> None:
         self._video_id, self._spec = video_id, spec
         self._text_encoder, self._denoiser, self._decoder = text_encoder, denoiser, decoder
-        self._on_progress = on_progress
+        self._on_progress, self._on_chunk = on_progress, on_chunk
         self._captioner = captioner
         self._encoder, self._source = encoder, source
         self._keeping, self._state_every, self._shown = keeping, state_every, shown
@@ -179,6 +183,8 @@ class _Generation:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, LatentChunk):
+                        if self._on_chunk and event.index >= self._shown:
+                            self._on_chunk(event)
                         await self._places.acquire()
                         self._chunks.append(event)
                         previous = self._start(self._decode(event, previous))

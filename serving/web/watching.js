@@ -55,13 +55,31 @@ function tell(event, element) {
   } else if (event.name === "chunk") {
     const seconds = data.start_seconds + data.seconds;
     find("state").textContent = `${seconds.toFixed(1)} s to watch`;
-    find("lane-decode").append(chunk(data, element));
+    const early = coming(data.index);
+    if (early) early.replaceWith(chunk(data, element));
+    else find("lane-decode").append(chunk(data, element));
+  } else if (event.name === "preview") {
+    if (!coming(data.index)) find("lane-decode").append(preview(data));
   } else {
     find("cancel").disabled = true;
     if (event.name === "completed") find("lane-denoise").value = 100;
     if (!find("lane-queue").textContent) find("lane-queue").textContent = "through";
     find("state").textContent = event.name === "failed" ? `Failed: ${data.error.message}` : "Finished";
   }
+}
+
+/** A chunk that can't be watched yet, if it was shown. @param {number} index @returns {any} */
+function coming(index) {
+  return find("lane-decode").querySelector(`[data-coming="${index}"]`);
+}
+
+/** What a chunk's latents look like, until it is decoded. @param {any} data */
+function preview(data) {
+  const picture = new Image();
+  picture.src = data.preview;
+  picture.alt = `Chunk ${data.index + 1}, not decoded yet`;
+  picture.dataset.coming = data.index;
+  return picture;
 }
 
 /** A chunk's first frame; pressing it goes there. @param {any} data @param {HTMLVideoElement} element */

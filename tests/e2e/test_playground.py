@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from browser import Page, chromium, needs_chromium
 from making import FPS, Making, made_fragments, queued
@@ -18,6 +19,7 @@ from service import Service, WholeService, served, until
 
 from models.bundle import Bundle
 from serving.media.fmp4 import Codec
+from serving.media.previews import jpeg
 from serving.pipeline.local import LocalPipeline
 
 pytestmark = needs_chromium
@@ -108,6 +110,9 @@ async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_ret
         # Events reach the page by another way than the bytes.
         await viewer.until("document.querySelectorAll('#lane-decode img').length === 3")
 
+    # What isn't decoded yet can be seen too, until it is.
+    await service.storage.previews.put(making.id, 3, jpeg(np.full((32, 32, 3), 128, np.uint8)))
+    await late.until("document.querySelector('#lane-decode > img[data-coming=\"3\"]')?.naturalWidth === 32")
     await making.show(3)
     await making.complete()
     await late.until("document.getElementById('state').textContent === 'Finished'")
@@ -115,6 +120,8 @@ async def test_a_video_plays_while_it_is_made_for_the_first_the_late_and_the_ret
     assert await late.shows(44)
     assert await late.page.evaluate("document.getElementById('player').duration") == pytest.approx(45 / FPS, abs=0.01)
     assert late.errors == []
+    assert await late.page.evaluate("document.querySelectorAll('#lane-decode button').length") == 4
+    assert await late.page.evaluate("document.querySelector('[data-coming]')") is None
 
 
 @pytest.mark.parametrize(("codec", "name"), [("av1", "av01.0.00M.08"), ("vp9", "vp09.00.10.08")])

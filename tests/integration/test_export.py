@@ -95,6 +95,7 @@ def test_the_bundle_is_whole_and_says_what_was_checked(tiny_bundle: Bundle) -> N
         assert len(graph.verified_shapes) >= (5 if name in SERVED_GRAPHS else 4)
     for name in ("decoder_next", "encoder_next"):
         assert 0 <= manifest.graphs[name].parity["streaming"] <= TOLERANCE
+    assert manifest.preview is not None
     assert manifest.proof is not None
     assert (manifest.proof.reference, manifest.proof.frames) == ("diffusers' pipeline", 13)
     assert manifest.proof.psnr_db >= 45

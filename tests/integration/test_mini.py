@@ -30,6 +30,22 @@ def test_the_bundle_is_as_its_manifest_says():
         assert max(graph.parity.values()) <= 1e-4, name
 
 
+def test_latents_look_as_their_preview_says():
+    """To noise that the fit hasn't seen, far better than the mean does."""
+    pytest.importorskip("torch", reason="needs the export extra")
+    from export import parity, preview
+
+    bundle = Bundle.load(MINI / "bundle")
+    colours, fitted = bundle.manifest.preview, preview.fit(bundle.manifest, bundle.root)
+    assert colours is not None
+    assert np.abs(np.array(colours.factors) - np.array(fitted.factors)).max() < 1e-3
+    latents = np.random.default_rng(9).standard_normal((1, 32, 1, 16, 16), np.float32)
+    (frames,) = parity.open_session(bundle.root / "decoder_first.onnx").run(["frames"], {"latents": latents})
+    seen = frames[0, 0].reshape(16, 16, 16, 16, 3).mean(axis=(1, 3)) / 255
+    shown = latents[0, :, 0].transpose(1, 2, 0) @ np.array(colours.factors) + np.array(colours.bias)
+    assert np.square(shown - seen).mean() < 0.4 * np.square(seen - seen.mean(axis=(0, 1))).mean()
+
+
 def test_weights_stay_small():
     files = [f for part in ("bundle", "checkpoint") for f in (MINI / part).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= MAX_BYTES

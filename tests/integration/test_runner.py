@@ -44,6 +44,22 @@ class GatedDecoder:
         await self._decoder.close(video_id)
 
 
+class PatientDecoder(GatedDecoder):
+    """The real decoder, which decodes a chunk when somebody can see its latents."""
+
+    def __init__(self, service: WholeService) -> None:
+        super().__init__(service.pipeline, 0)
+        self._previews = service.storage.previews
+        self.seen: list[bytes] = []
+
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        while not (found := await self._previews.since(video_id, chunk.index)):
+            pass
+        self.gate.set()
+        self.seen.append(found[0][1])
+        return await super().decode(video_id, spec, chunk)
+
+
 class ReplacedDecoder:
     """The real decoder, until another bundle's takes its place."""
 
@@ -216,3 +232,14 @@ async def test_draining_finishes_what_is_in_hand_and_leaves_the_queue(service: W
     assert finished is not None
     assert waiting is not None
     assert (finished.status, waiting.status) == (VideoStatus.COMPLETED, VideoStatus.QUEUED)
+
+
+async def test_chunks_are_to_be_seen_before_they_are_decoded(service: WholeService) -> None:
+    decoder = service.stages["decoder"] = PatientDecoder(service)
+    async with service.running() as client:
+        video = (await client.post("/v1/videos", json=ASKED | {"seconds": 1})).json()["id"]
+        while (await client.get(f"/v1/videos/{video}")).json()["status"] != "completed":
+            pass
+    assert len(decoder.seen) == len(FragmentLog.open(service.videos_dir, video).entries())
+    assert all(picture.startswith(b"\xff\xd8") for picture in decoder.seen)
+    assert await service.storage.previews.since(video, 0) == []

@@ -294,6 +294,11 @@ async def test_events_tell_a_video_from_the_queue_to_its_end(service: Service, c
         assert (await events.until("started"))["attempt"] == 1
         await service.store.set_progress(second, making.video.fence, 40, step=9, steps=20)
         assert await events.until("progress") == {"video_id": second, "progress": 40, "step": 9, "steps": 20}
+        for index in range(2):
+            await service.storage.previews.put(second, index, b"jpeg")
+        for index in range(2):
+            preview = {"video_id": second, "index": index, "preview": "data:image/jpeg;base64,anBlZw=="}
+            assert await events.next() == ("preview", None, preview)
         await making.show(0)
         event, event_id, chunk = await events.next()
         assert (event, event_id) == ("chunk", "0")
@@ -306,6 +311,7 @@ async def test_events_tell_a_video_from_the_queue_to_its_end(service: Service, c
         assert (await events.until("chunk"))["start_seconds"] == 9 / FPS
         await making.complete()
         assert (await events.until("completed"))["status"] == "completed"
+        assert await service.storage.previews.since(second, 0) == []
         with pytest.raises(EOFError):
             await events.next()
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from models.bundle import PreviewInfo
 from serving.media.fmp4 import encode_fragment, remux_to_mp4
+from serving.media.latents import latent_preview
 from serving.media.previews import sprite_sheet, thumbnail
 
 
@@ -58,3 +60,16 @@ def test_large_frames_are_made_smaller(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", 2, 720, 1280)
     assert decoded(thumbnail(tmp_path / "clip.mp4")).shape == (288, 512, 3)
     assert decoded(sprite_sheet(tmp_path / "clip.mp4")).shape == (144, 512, 3)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(8, 8, (128, 128)), (60, 104, (60, 104)), (9, 5, (126, 70))])
+def test_latents_can_be_seen_without_a_decoder(height: int, width: int, size: tuple[int, int]) -> None:
+    """The first frame: red from its first channel at the left, blue from its second at the right."""
+    latents = np.zeros((2, 3, height, width), np.float32)
+    latents[0, 0, :, : width // 2], latents[1, 0, :, width // 2 :] = 1, 1
+    latents[:, 1:] = 100
+    colours = PreviewInfo(factors=((0.5, 0, 0), (0, 0, 0.9)), bias=(0.25, 0.25, 0.0))
+    picture = decoded(latent_preview(latents, colours)).astype(int)
+    assert picture.shape == (*size, 3)
+    for column, expected in ((0, (191, 64, 0)), (-1, (64, 64, 230))):
+        assert np.abs(picture[:, column] - expected).max() < 12
