@@ -147,6 +147,11 @@ class DecoderConfig(StageConfig):
     """The decoder, which keeps a causal cache for each video that it has in hand."""
 
     max_sessions: PositiveInt = Field(default=16, description="Videos whose decoder caches a replica keeps at a time.")
+    video_encoder: Literal["auto", "software", "nvenc"] = Field(
+        default="auto",
+        description="What makes H.264 of frames: `software`, with the same bytes on every machine; `nvenc`, the GPU's "
+        "own encoder, or no start without it; `auto`, that where a replica finds it. All replicas must find the same.",
+    )
 
 
 class RunnerConfig(_Strict):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from exports import Exports, build
@@ -11,6 +12,10 @@ from postgres import Cluster, programs, running_cluster
 from receiver import Receiver, receiving
 
 from models.bundle import Bundle
+
+if TYPE_CHECKING:
+    import httpx
+    from service import Service
 
 _EXPORTS: pytest.StashKey[Exports] = pytest.StashKey()
 
@@ -87,6 +92,33 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'videos.db'}"
     cluster: Cluster = request.getfixturevalue("postgres_cluster")
     return cluster.cleared_database()
+
+
+@pytest.fixture
+def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
+    """The API over a store of its own, without anybody who makes videos."""
+    from service import Service
+
+    return Service(tiny_bundle, tmp_path)
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """In this process; as a server does, it answers an unexpected error instead of raising it into the test."""
+    import httpx
+
+    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
+        yield opened
+
+
+@pytest.fixture
+async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """Over a real socket, which hands a stream on while it is made."""
+    from service import served
+
+    async with served(service.api) as opened:
+        yield opened
 
 
 @pytest.fixture

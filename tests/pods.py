@@ -180,6 +180,15 @@ class Pods:
                         return
             time.sleep(0.1)
 
+    def ended(self) -> list[str]:
+        """How all videos have ended, when the last one has: a stream may end before its file is made."""
+        while True:
+            videos = self._user.get("/v1/videos", params={"limit": 100}).raise_for_status().json()["data"]
+            statuses = [video["status"] for video in videos]
+            if not {"queued", "in_progress"} & {*statuses}:
+                return statuses
+            time.sleep(0.1)
+
     def end(self) -> None:
         self._operator.close()
         self._user.close()

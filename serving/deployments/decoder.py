@@ -33,6 +33,7 @@ class DecoderDeployment:
             threads=config.threads,
             provider=config.provider,
             plans=config.plans,
+            video_encoder=config.video_encoder,
             max_sessions=config.max_sessions,
         )
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)

@@ -1,9 +1,9 @@
 """Fragmented MP4 (ISO/IEC 14496-12, CMAF): one decoded chunk in, one `moof`+`mdat` out, with no lag and no memory.
 
 A fragment is a pure function of its frames and its place in the video, so that a chunk decoded again after a crash has
-the same bytes. Three choices make that true: every fragment has an encoder of its own (constant QP, so there is no rate
-control to warm up), everything is done on one thread with swscale and the encoder told to ignore the CPU's own
-shortcuts, and nothing that names a version or a date is written.
+the same bytes. With a software encoder three choices make that true: every fragment has an encoder of its own (constant
+QP, so there is no rate control to warm up), everything is done on one thread with swscale and the encoder told to
+ignore the CPU's own shortcuts, and nothing that names a version or a date is written.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
-from av.codec.context import Flags
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-# At 18, what 4:2:0 costs hides what the quantiser does (38 to 40 dB in RGB, 52 in luma, on the clips of models/mini).
-QP = 18
-PRESET = "fast"
+from serving.media.encoders import CODECS, SOFTWARE, Codec, Encoder
 
-# ISO/IEC 23091-2: 1 is bt709 for the matrix as for primaries and transfer. PyAV has no enum for the AVColorSpace one.
-_MATRIX_BT709 = 1
+__all__ = [
+    "CODECS",
+    "Codec",
+    "EncodedFragment",
+    "codec_string",
+    "encode_fragment",
+    "remux_to_mp4",
+]
 
 # One muxer lives for one fragment (libavformat would otherwise hold a fragment back until the next packet): the
 # header is written each time and cut off, `frag_discont` makes `tfdt` follow the packets' own timestamps.
@@ -38,47 +41,6 @@ _MUXER_OPTIONS = {
     "movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer+cmaf",
     "use_editlist": "0",
     "fflags": "+bitexact",
-}
-Codec = Literal["h264", "av1", "vp9"]
-CODECS: tuple[Codec, ...] = get_args(Codec)
-# SVT-AV1 tells standard error about itself at every fragment; it reads this when it is first used.
-os.environ.setdefault("SVT_LOG", "1")
-# The key frame is the fragment's first; a fragment longer than this is not made anywhere.
-_LONGEST_GOP_FRAMES = 1 << 16
-# x264 puts its version and settings into a user-data message (NAL unit type 6) of each stream's first packet: 700
-# bytes a fragment here, and bytes that would change with the library.
-_DROP_SEI = "filter_units=remove_types=6"
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoder:
-    """One of libavcodec's, at a constant quality: the codecs' differ by less than a dB on the clips of the tests."""
-
-    name: str
-    options: Mapping[str, str]
-    filter: str | None = None
-
-
-_ENCODERS: Mapping[Codec, _Encoder] = {
-    "h264": _Encoder(
-        "libx264",
-        {
-            "preset": PRESET,
-            "qp": str(QP),
-            # A cut inside a fragment must not make a second key frame: readers count on one, at the start.
-            "x264-params": "scenecut=0:open-gop=0:cpu-independent=1",
-        },
-        _DROP_SEI,
-    ),
-    # No picture waits for a later one, so none is left over at the end of a fragment.
-    "av1": _Encoder(
-        "libsvtav1",
-        {"preset": "8", "crf": "18", "svtav1-params": "pred-struct=1:lookahead=0:scd=0:enable-tf=0:lp=1"},
-    ),
-    "vp9": _Encoder(
-        "libvpx-vp9",
-        {"deadline": "realtime", "cpu-used": "5", "crf": "16", "b": "0", "lag-in-frames": "0", "auto-alt-ref": "0"},
-    ),
 }
 _SWSCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INP
 
@@ -92,13 +54,19 @@ class EncodedFragment:
 
 
 def encode_fragment(
-    frames: NDArray[np.uint8], *, fps: int, index: int, first_frame: int, codec: Codec = "h264"
+    frames: NDArray[np.uint8],
+    *,
+    fps: int,
+    index: int,
+    first_frame: int,
+    codec: Codec = "h264",
+    encoders: Mapping[Codec, Encoder] = SOFTWARE,
 ) -> EncodedFragment:
     """Encode RGB `frames` uint8 `[n, height, width, 3]` as fragment `index` (from 0), which starts at `first_frame`.
 
     H.264 High, AV1 Main or VP9 profile 0; `yuv420p`, bt709 limited range; the first frame is a key frame, no other is,
-    and none is shown before one that comes earlier. Times are in units of 1 / `fps` s. Raises `ValueError` for
-    anything else than such frames with even sides.
+    and none is shown before one that comes earlier. Times are in units of 1 / `fps` s. All fragments of a video are of
+    the same `encoders`. Raises `ValueError` for anything else than such frames with even sides.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[0] == 0:
         raise ValueError(f"frames must be uint8 [n, height, width, 3], not {frames.dtype} {list(frames.shape)}")
@@ -110,17 +78,10 @@ def encode_fragment(
 
     sink = _Sink()
     with av.open(sink, "w", format="mp4", options=_MUXER_OPTIONS | {"fragment_index": str(index + 1)}) as muxer:
-        encoder = _ENCODERS[codec]
-        stream = muxer.add_stream(encoder.name, rate=fps, options=dict(encoder.options))
+        encoder = encoders[codec] if min(width, height) >= encoders[codec].least_side else SOFTWARE[codec]
+        stream = muxer.add_stream(encoder.name, rate=fps)
         context = stream.codec_context
-        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
-        context.time_base = Fraction(1, fps)
-        context.thread_count = 1
-        context.gop_size = _LONGEST_GOP_FRAMES
-        context.max_b_frames = 0
-        context.flags |= Flags.bitexact | Flags.closed_gop
-        context.colorspace, context.color_range = _MATRIX_BT709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        encoder.set_up(context, width, height, fps)
         filtered = BitStreamFilterContext(encoder.filter, codec).filter if encoder.filter else lambda packet: [packet]
         encoded = [packet for frame in _yuv_frames(frames, fps, first_frame) for packet in context.encode(frame)]
         for packet in encoded + context.encode():

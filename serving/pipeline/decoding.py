@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from models.bundle import Bundle, GraphName, Manifest
 from serving.engines.engine import Array, Engine
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
+from serving.media.encoders import SOFTWARE, Codec, Encoder, VideoEncoder, encoders
 from serving.media.fmp4 import EncodedFragment, encode_fragment
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.pace import Pace, StageState
@@ -59,13 +61,14 @@ class EngineDecoder:
         manifest: Manifest,
         *,
         tiny: EnginePair | None = None,
+        encoders: Mapping[Codec, Encoder] = SOFTWARE,
         max_sessions: int = 8,
         idle_seconds: float = 10.0,
     ) -> None:
         self._engines: dict[DecoderName, EnginePair] = {"full": engines}
         if tiny is not None:
             self._engines["tiny"] = tiny
-        self._manifest = manifest
+        self._manifest, self._encoders = manifest, encoders
         self._max_sessions, self._idle_seconds = max_sessions, idle_seconds
         self._sessions: dict[str, _Session] = {}
         self._changed = asyncio.Event()
@@ -82,9 +85,11 @@ class EngineDecoder:
         threads: int = 1,
         provider: str = CPU,
         plans: Path | None = None,
+        video_encoder: VideoEncoder = "software",
         max_sessions: int = 8,
         idle_seconds: float = 10.0,
     ) -> EngineDecoder:
+        """Raises `EngineError`, and `EncoderError` when the `video_encoder` can't be had here."""
         opener = Opener(bundle, threads, provider, plans)
         names: list[GraphName] = ["decoder_first", "decoder_next"]
         if bundle.manifest.tiny_decoder is not None:
@@ -94,6 +99,7 @@ class EngineDecoder:
             (first, following),
             bundle.manifest,
             tiny=(tiny[0], tiny[1]) if tiny else None,
+            encoders=encoders(video_encoder),
             max_sessions=max_sessions,
             idle_seconds=idle_seconds,
         )
@@ -115,7 +121,13 @@ class EngineDecoder:
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
         encode = partial(
-            encode_fragment, frames, fps=self._manifest.fps, index=chunk.index, first_frame=start, codec=spec.codec
+            encode_fragment,
+            frames,
+            fps=self._manifest.fps,
+            index=chunk.index,
+            first_frame=start,
+            codec=spec.codec,
+            encoders=self._encoders,
         )
         loop = asyncio.get_running_loop()
         encoded: EncodedFragment = await loop.run_in_executor(self._encode_thread, encode)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import httpx
 import pytest
 from browser import Page, chromium, needs_chromium
 from making import FPS, Making, queued
-from service import Service, served
-
-from models.bundle import Bundle
+from service import Service
 
 HLS_JS = "hls.js@1.7.4"
 # Everything that it says at a level above information is kept, and so is every event of an error.
@@ -40,14 +37,8 @@ _STOOD_STILL = re.compile(r"bufferStalled|[Ss]tall|nudge", re.ASCII)
 
 
 @pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(service.api) as opened:
-        yield opened
+def client(http: httpx.AsyncClient) -> httpx.AsyncClient:
+    return http
 
 
 @pytest.fixture

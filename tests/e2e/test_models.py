@@ -7,7 +7,9 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import httpx
 import pytest
 
 from models.bundle import MANIFEST, Bundle, BundleError, sha256_of
+from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.fleet import FleetError
 from serving.deployments.local import LocalService, free_port, local_service
@@ -23,6 +26,7 @@ from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 2}
+LIVE: dict[str, Any] = {"size": "64x64", "num_inference_steps": 2}
 
 
 def changed(bundle: Bundle, path: Path, **manifest: Any) -> Path:
@@ -149,13 +153,33 @@ def test_models_come_go_and_change_under_running_videos(
     assert running.stream(**ASKED, model="kept") == before
     assert running.stream(**ASKED, model="rolled") == after
     assert len(running.stream(prompt="a ball", seconds=1, model="added")) > 1000
-    # And out again.
-    assert running.change(kept=tiny_bundle.root, rolled=new) == ["unloaded added"]
-    assert running.names() == ["kept", "rolled"]
+    # A session stays with its model, in the replica of the API that has it, until that model goes.
+    kept = {"kept": tiny_bundle.root, "rolled": new, "more": tiny_causal_bundle.root}
+    with (
+        Rushes(running.service.url) as rushes,
+        rushes.realtime("a ball", model="added", **LIVE) as ending,
+        ThreadPoolExecutor() as threads,
+    ):
+        chunks, indices = iter(ending), list[int]()
+        adding = threads.submit(running.change, **kept, added=tiny_causal_bundle.root)
+        while not adding.done():
+            indices.append(next(chunks).index)
+        assert adding.result() == ["loaded more"]
+        with rushes.realtime("a ball", model="more", **LIVE) as staying:
+            # And out again.
+            unloading = threads.submit(running.change, **kept)
+            indices += [chunk.index for chunk in chunks]
+            assert indices == list(range(len(indices)))
+            assert ending.end_reason == "model_unloaded"
+            others = [chunk.index for chunk in takewhile(lambda _: not unloading.done(), staying)]
+            assert unloading.result() == ["unloaded added"]
+            assert others == list(range(len(others)))
+            assert next(iter(staying)).index > len(others)
+    assert running.names() == ["kept", "rolled", "more"]
     assert replicas("rushes-model-added") == set()
     refused = httpx.post(f"{running.service.url}/v1/videos", json=ASKED | {"model": "added"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")
-    assert running.change(kept=tiny_bundle.root, rolled=new) == []
+    assert running.change(**kept) == []
 
 
 def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(

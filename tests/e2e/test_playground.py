@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from browser import Page, chromium, needs_chromium
 from making import FPS, Making, made_fragments, queued
-from service import Service, WholeService, served, until
+from service import Service, WholeService, until
 
 from models.bundle import Bundle
 from serving.media.fmp4 import Codec
@@ -44,14 +44,8 @@ _BLUE_AT = """async ([seconds]) => {
 
 
 @pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(service.api) as opened:
-        yield opened
+def client(http: httpx.AsyncClient) -> httpx.AsyncClient:
+    return http
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,20 +10,6 @@ import pytest
 from service import MAX_REFERENCE_BODY, Service, assert_envelope
 
 from models.bundle import Bundle
-
-
-@pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    # As a server does, answer an unexpected error instead of raising it into the test.
-    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
-        yield opened
-
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({}, 400, "prompt"),

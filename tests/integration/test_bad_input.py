@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -49,13 +48,6 @@ def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
     root = tmp_path / "inside" / "data"
     root.mkdir(parents=True)
     return Service(tiny_bundle, root)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
-        yield opened
 
 
 def files_below(folder: Path) -> set[str]:

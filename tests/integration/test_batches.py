@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from service import MAX_FILE, Service, assert_envelope
-
-from models.bundle import Bundle
-
-
-@pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
-        yield opened
 
 
 def line(custom_id: Any, **changes: Any) -> dict[str, Any]:

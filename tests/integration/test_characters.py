@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,6 @@ from serving.jobs.artifacts import video_key
 from serving.media.frames import read_all
 
 ASKED = {"prompt": "Rolly rolls away", "seconds": 1, "size": "64x64", "seed": 7}
-
-
-@pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
-        yield opened
 
 
 async def created(client: httpx.AsyncClient, video: bytes, name: str = "Rolly", **headers: str) -> dict[str, Any]:

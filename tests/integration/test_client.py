@@ -13,22 +13,11 @@ import httpx
 import numpy as np
 import pytest
 from making import FRAGMENTS, WHOLE, Making, queued
-from service import Service, WholeService, served
+from service import Service, WholeService
 
 from models.bundle import Bundle
 from serving.client import ApiError, AsyncRushes, Rushes, Unreachable, VideoFailed
 from serving.pipeline.local import LocalPipeline
-
-
-@pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(service.api) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from openai.types import Batch, FileObject, Model, Video, VideoCreateCharacterRe
 from pictures import clip
 from service import Service, assert_envelope
 
-from models.bundle import Bundle
-
 BESIDE = Path(__file__).parents[3] / "shared" / "contracts" / "openai" / "videos-files-batches.openapi.yaml"
 CONTRACT = Path(os.environ.get("RUSHES_OPENAI_CONTRACT", BESIDE))
 OURS = re.compile(r"/(videos|files|batches|models)(/.*)?")
@@ -40,11 +38,6 @@ def contract() -> dict[str, Any]:
     for name in OTHER_VALUES:
         described["components"]["schemas"][name] = {"type": "string"}
     return described
-
-
-@pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
 
 
 @pytest.fixture

@@ -37,18 +37,6 @@ def upload(data: bytes = PICTURE, **fields: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
-        yield opened
-
-
 def kept(service: Service) -> list[str]:
     """The videos that something is kept of on the disk."""
     return sorted(path.name for path in service.videos_dir.iterdir())

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from service import WholeService, until
 
 from models.bundle import Bundle
@@ -20,6 +21,8 @@ from serving.jobs.sweeper import Sweeper
 from serving.media.trailer import error_box
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec, same_bundle
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ASKED = {"prompt": "a red ball", "seconds": 4, "seed": 7, "num_inference_steps": 2}
 
@@ -85,10 +88,15 @@ class BrokenDenoiser:
         raise EngineError("denoiser.onnx: out of memory")
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(tiny_bundle: Bundle) -> AsyncIterator[LocalPipeline]:
+    async with LocalPipeline.open(tiny_bundle) as opened:
+        yield opened
+
+
 @pytest.fixture
-async def service(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[WholeService]:
-    async with LocalPipeline.open(tiny_bundle) as pipeline:
-        yield WholeService(tiny_bundle, pipeline, tmp_path)
+def service(tiny_bundle: Bundle, pipeline: LocalPipeline, tmp_path: Path) -> WholeService:
+    return WholeService(tiny_bundle, pipeline, tmp_path)
 
 
 async def in_state(service: WholeService, video_id: str, good: Callable[[VideoStatus], bool]) -> Video:

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import av
@@ -18,21 +17,14 @@ import httpx
 import numpy as np
 import pytest
 from making import CHUNKS, FPS, FRAGMENTS, WHOLE, Making, queued
-from service import Service, assert_envelope, served
+from service import Service, assert_envelope
 
-from models.bundle import Bundle
 from serving.media.trailer import read_error
 
 
 @pytest.fixture
-def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
-    return Service(tiny_bundle, tmp_path)
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(service.api) as opened:
-        yield opened
+def client(http: httpx.AsyncClient) -> httpx.AsyncClient:
+    return http
 
 
 @pytest.fixture
