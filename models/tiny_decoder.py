@@ -210,7 +210,7 @@ def tiny_decoders(decoder: TinyDecoder) -> tuple[Graph, Graph]:
         outputs=("frames", "pixels", *names),
         dynamic_shapes={"latents": cell},
         weights="tiny_decoder.weights",
-        cases=tuple({"latents": latents(*shape)} for shape in [(1, 1, 4, 4), (3, 1, 2, 5), (1, 1, 1, 1)]),
+        cases=tuple({"latents": latents(*shape)} for shape in [(1, 1, 4, 4), (3, 1, 2, 5), (1, 1, 1, 1), (2, 1, 8, 3)]),
     )
     following = Graph(
         name="tiny_decoder_next",
@@ -222,6 +222,6 @@ def tiny_decoders(decoder: TinyDecoder) -> tuple[Graph, Graph]:
             "caches": tuple({0: batch, 3: side(height, scale), 4: side(width, scale)} for _, scale in sizes),
         },
         weights="tiny_decoder.weights",
-        cases=tuple(cached(*shape) for shape in [(1, 1, 4, 4), (3, 2, 2, 5), (1, 4, 1, 3)]),
+        cases=tuple(cached(*shape) for shape in [(1, 1, 4, 4), (3, 2, 2, 5), (1, 4, 1, 3), (2, 1, 8, 3)]),
     )
     return first, following

@@ -239,7 +239,7 @@ def test_an_interactive_session_through_every_process(running: RunningService, t
     assert [chunk.index for chunk in chunks if chunk.prompt_changed] == [0, chunks[-1].index]
     scenes = [{"start_seconds": chunks[-1].about["start_seconds"], "prompt": "a blue cube"}]
     seconds = 1 + int(chunks[-1].about["start_seconds"] + 1)
-    asked = {"prompt": PROMPT, "seconds": seconds, "scene_prompts": scenes, **settings}
+    asked = {"prompt": PROMPT, "seconds": seconds, "scene_prompts": scenes, "decoder": "tiny", **settings}
     made = made_alone(tiny_causal_bundle, asked)
     assert [chunk.data for chunk in chunks] == [fragment.data for fragment in made[: len(chunks)]]
 

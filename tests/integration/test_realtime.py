@@ -65,13 +65,14 @@ async def first(chunks: AsyncRealtime, count: int) -> list[LiveChunk]:
 
 
 async def made(pipeline: LocalPipeline, bundle: Bundle, seconds: int, **asked: Any) -> list[Fragment]:
-    """The same as an ordinary video."""
+    """The same as an ordinary video, by the decoder that a session has unless it asks for the other."""
     fragments: list[Fragment] = []
 
     async def sink(fragment: Fragment) -> None:
         fragments.append(fragment)
 
-    spec = make_spec(bundle.manifest, PROMPT, seconds=seconds, **ASKED | {"rewrite_prompt": False} | asked)
+    settings = ASKED | {"rewrite_prompt": False, "decoder": "tiny"} | asked
+    spec = make_spec(bundle.manifest, PROMPT, seconds=seconds, **settings)
     await pipeline.generate(spec, sink)
     return fragments
 

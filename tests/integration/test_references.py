@@ -317,7 +317,7 @@ def expected_of(service: WholeService, frames: Frames) -> Frames:
     pipeline, manifest = service.pipeline, service.bundle.manifest
     assert pipeline.encoder is not None
     latents = pipeline.encoder.encode(iter(frames), len(frames))
-    decoded, _ = pipeline.decoder._run({}, {"latents": latents[None]})
+    decoded, _ = pipeline.decoder._run(pipeline.decoder._engines["full"], {}, {"latents": latents[None]})
     borders = [start for chunk in range(len(frames)) if (start := first_frame(manifest, chunk)) < len(decoded)]
     fragments = [
         encode_fragment(part, fps=manifest.fps, index=index, first_frame=start)

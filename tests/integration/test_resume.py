@@ -236,6 +236,10 @@ async def test_a_denoiser_that_is_always_lost_is_an_error(
     assert denoiser.tries == 1 + generation.MAX_REOPENS
 
 
+def decoders_of(pipeline: LocalPipeline) -> tuple[Any, Any]:
+    return pipeline.decoder._engines["full"]
+
+
 class Service(WholeService):
     """With engines that a test may break."""
 
@@ -245,9 +249,8 @@ class Service(WholeService):
         self.denoiser = self.stages["denoiser"] = watched(pipeline, self.fuse)
         self.stages["bundle_digest"] = bundle.digest
         self.decodes = Fuse()
-        for name in ("_first", "_following"):
-            engine = getattr(pipeline.decoder, name)
-            setattr(pipeline.decoder, name, Watched(engine, self.decodes))
+        first, following = decoders_of(pipeline)
+        pipeline.decoder._engines["full"] = (Watched(first, self.decodes), Watched(following, self.decodes))
 
     async def ended(self, video_id: str) -> Video:
         while True:
@@ -281,8 +284,8 @@ async def test_a_decode_that_fails_is_tried_again_from_the_latents(service: Serv
         undisturbed = (await client.post("/v1/videos", json=BODY)).json()["id"]
         await service.ended(undisturbed)
         calls = service.fuse.calls
-        decoder = service.pipeline.decoder
-        decoder._following = Broken(decoder._following, lambda feeds: None)
+        first, following = decoders_of(service.pipeline)
+        service.pipeline.decoder._engines["full"] = (first, Broken(following, lambda feeds: None))
         video_id = (await client.post("/v1/videos", json=BODY)).json()["id"]
         video = await service.ended(video_id)
     assert (video.status, video.error_message) == (VideoStatus.COMPLETED, None)
@@ -378,9 +381,10 @@ async def test_a_failed_videos_checkpoint_is_gone(service: Service) -> None:
 async def test_other_bytes_in_the_log_end_a_video_at_once(service: Service) -> None:
     """A model that was changed under a video: more attempts can't help."""
     gate = threading.Event()
-    decoder = service.pipeline.decoder
+    first, following = decoders_of(service.pipeline)
     fragments = iter((0, 1))
-    decoder._following = Watched(decoder._following, lambda _: None if next(fragments, None) == 0 else gate.wait())  # type: ignore[assignment, func-returns-value]
+    held = Watched(following, lambda _: None if next(fragments, None) == 0 else gate.wait())  # type: ignore[func-returns-value]
+    service.pipeline.decoder._engines["full"] = (first, held)
     async with service.running() as client:
         video_id = (await client.post("/v1/videos", json=BODY)).json()["id"]
         log = FragmentLog.open(service.videos_dir, video_id)
