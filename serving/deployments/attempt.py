@@ -195,8 +195,13 @@ class Attempt:
             state_every=self._settings.checkpoint_steps,
             shown=writer.trusted,
             interactive=self._video.priority < BATCH,
-            on_chunk=self._on_chunk if self._video.priority < BATCH else None,
+            on_chunk=self._on_chunk if self._is_shown_early else None,
         )
+
+    @property
+    def _is_shown_early(self) -> bool:
+        """A tiny decoder is about as quick as the picture's way through the database; of a batch nobody sees any."""
+        return self._video.priority < BATCH and self._spec.decoder == "full"
 
     def _on_chunk(self, chunk: LatentChunk) -> None:
         """The making doesn't wait for its picture."""
