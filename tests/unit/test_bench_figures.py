@@ -35,7 +35,8 @@ from serving.media.fmp4 import encode_fragment
 
 # A busy machine is no failure.
 checked = settings(max_examples=50, deadline=None)
-finite = st.floats(0, 1e3, allow_nan=False)
+# In microseconds: of nothing shorter can a share be taken.
+finite = st.integers(0, 10**9).map(lambda microseconds: microseconds / 1e6)
 streams = st.lists(st.builds(Arrived, finite, st.floats(0.01, 10)), min_size=1, max_size=30).map(
     lambda chunks: [
         Arrived(at, chunk.seconds)
