@@ -236,7 +236,7 @@ def _explained(bundle: Path, config: ServiceConfig, outcomes: list[Outcome]) -> 
     from serving.bench.calls import Engines
     from serving.bench.engines import default_spec
 
-    names = ("size", "seconds", "num_inference_steps", "guidance_scale")
+    names = ("size", "seconds", "num_inference_steps", "guidance_scale", "decoder")
     loaded = Bundle.load(bundle)
     engines = Engines(loaded, config)
     timed: dict[tuple[object, ...], Breakdown] = {}
@@ -245,10 +245,9 @@ def _explained(bundle: Path, config: ServiceConfig, outcomes: list[Outcome]) -> 
         if outcome.error is not None:
             continue
         settings = {name: outcome.ask.body.get(name) for name in names}
-        shape = (*settings.values(), outcome.ask.body.get("decoder"))
+        shape = tuple(settings.values())
         if shape not in timed:
-            decoder = outcome.ask.body.get("decoder", "full")
-            video = asyncio.run(engines.record(default_spec(loaded, **settings, decoder=decoder)))
+            video = asyncio.run(engines.record(default_spec(loaded, **settings)))
             timed[shape] = explained(video, 0.0, loaded.manifest.fps)
         told.append(replace(timed[shape], whole=outcome.latency_seconds))
     return told
