@@ -109,7 +109,7 @@ class Cuda:
         return graph.replay if done else None
 
     def _new_stream(self) -> Any:
-        return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class SharedMemory:

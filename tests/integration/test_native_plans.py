@@ -108,11 +108,11 @@ async def test_a_causal_cache_stays_on_the_device(
         made.append(original(self, shape))
         return made[-1]
 
-    FakeCuda.zeros = zeros  # type: ignore[method-assign, assignment]
+    FakeCuda.zeros = zeros  # type: ignore[method-assign, assignment]  # to look on
     try:
         await video(tiny_causal_bundle, "64x64", provider="tensorrt", plans=tmp_path)
     finally:
-        FakeCuda.zeros = original  # type: ignore[method-assign]
+        FakeCuda.zeros = original  # type: ignore[method-assign]  # as it was
     (cache,) = made
     # Every call read it where it was made.
     addresses = {address for name, address in trt.called("set_tensor_address") if name == "cache"}
