@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pipelines import opened_pipeline
 from repeated import Repeated
 
 from models.bundle import MANIFEST, Bundle, BundleError, sha256_of
@@ -22,7 +23,6 @@ from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.fleet import FleetError
 from serving.deployments.local import LocalService, free_port, local_service
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 
@@ -48,7 +48,7 @@ def made_alone(bundle: Bundle, asked: dict[str, Any]) -> bytes:
             made.append(fragment)
 
         settings = dict(asked)
-        async with LocalPipeline.open(bundle) as pipeline:
+        async with opened_pipeline(bundle) as pipeline:
             await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
         return made[0].init + b"".join(fragment.data for fragment in made)
 

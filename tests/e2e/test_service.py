@@ -24,6 +24,7 @@ import ray
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from pipelines import opened_pipeline
 from prometheus_client.parser import text_string_to_metric_families
 from queries import all_metrics
 from receiver import SECRET, Receiver, receiving
@@ -38,7 +39,6 @@ from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, VideoStatus
 from serving.media.fmp4 import remux_to_mp4
 from serving.metrics import exported_names
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 from serving.tracing import trace_id_of
@@ -112,7 +112,7 @@ def made_alone(bundle: Bundle, asked: dict[str, Any]) -> list[Fragment]:
             made.append(fragment)
 
         settings = dict(asked)
-        async with LocalPipeline.open(bundle) as pipeline:
+        async with opened_pipeline(bundle) as pipeline:
             await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
         return made
 
