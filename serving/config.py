@@ -86,7 +86,8 @@ class StageConfig(_Strict):
     provider: str = Field(
         default="CPUExecutionProvider",
         description="What runs the graphs: one of ONNX Runtime's execution providers; `openvino`, or `openvino_bf16` "
-        "on CPUs that have it; or `tensorrt` or `tensorrt_rtx`, for which `rushes export tensorrt` has made plans.",
+        "on CPUs that have it; or `tensorrt` or `tensorrt_rtx`, which run the plans of `rushes export "
+        "tensorrt`, and until a stage has all of them CUDAExecutionProvider.",
     )
     plans: Path | None = Field(
         default=None, description="Where TensorRT's plans are; in the bundle's directory `plans` when it is left out."

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 import ray
 from ray import serve
 from ray.serve import metrics as ray_metrics
 
-from serving.jobs.census import Census
 from serving.metrics import (
     BUILD_INFO,
     JOBS,
@@ -26,6 +25,9 @@ from serving.metrics import (
     send_to,
 )
 from serving.pipeline.pace import StageState
+
+if TYPE_CHECKING:
+    from serving.jobs.census import Census  # a stage has no database, and starts sooner without what one needs
 
 _LOOK_SECONDS = 1.0
 _COUNT_SECONDS = 5.0

@@ -63,7 +63,7 @@ class EngineTextEncoder:
         plans: Path | None = None,
         cache_bytes: int = 64 << 20,
     ) -> EngineTextEncoder:
-        (engine,) = Opener(bundle, threads, provider, plans).open("text_encoder")
+        (engine,) = Opener(bundle, threads, provider, plans).start("text_encoder")
         return cls(engine, bundle.tokenizer, bundle.manifest.text, cache_bytes=cache_bytes)
 
     @property
