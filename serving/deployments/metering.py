@@ -69,13 +69,16 @@ def start_metering() -> None:
     send_to(RayMetrics(), **constants)
 
 
-async def report_stage(state: Callable[[], StageState]) -> None:
-    """Say how a stage stands, until this is cancelled: Ray forgets a gauge that isn't said again."""
+async def report_stage(state: Callable[[], StageState], **labels: str) -> None:
+    """Say how a stage stands, until this is cancelled: Ray forgets a gauge that isn't said again.
+
+    `labels` are for a process that has more than the one stage that it is named after.
+    """
     while True:
         now = state()
-        STAGE_WAITING.set(now.waiting)
-        STAGE_IN_FLIGHT.set(now.in_flight)
-        STAGE_OUTSTANDING.set(now.outstanding_seconds)
+        STAGE_WAITING.set(now.waiting, **labels)
+        STAGE_IN_FLIGHT.set(now.in_flight, **labels)
+        STAGE_OUTSTANDING.set(now.outstanding_seconds, **labels)
         await asyncio.sleep(_LOOK_SECONDS)
 
 

@@ -256,7 +256,7 @@ class EngineDenoiser:
 
     def _measure(self, batch: Sequence[_Place], rows: int, tokens: int, seconds: float) -> None:
         self._pace.took(tokens, seconds)
-        BATCH_ROWS.observe(rows)
+        BATCH_ROWS.observe(rows, **self._pace.labels)
         ended = time.time_ns()
         for place in batch:
             begun = ended - int(1e9 * seconds)

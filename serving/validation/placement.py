@@ -68,6 +68,8 @@ def demands_of(config: ServiceConfig) -> list[Demand]:
             scaling.max_replicas,
         )
 
+    if config.fused:
+        return [Demand("fused", config.cores(), config.gpus(), config.all_labels(), 1, 1)]
     found = []
     retiring = [f"{model}-retiring" for model in config.retiring]
     for model in [*config.models, *retiring]:
