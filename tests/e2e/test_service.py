@@ -354,8 +354,8 @@ def test_every_metric_is_scraped(running: RunningService, client: httpx.Client) 
 def test_prometheus_has_something_for_the_dashboards(
     running: RunningService, client: httpx.Client, tmp_path: Path
 ) -> None:
-    """With what k8s/operations.md says for a laptop, but for the port and the time between scrapes: the fixture's Ray
-    forgets within a second what isn't said again, so of what is said every five seconds one scrape in ten may never see anything."""
+    """With what k8s/operations.md says for a laptop, but for the port and the time between scrapes: this Ray forgets
+    within a second what isn't said again, and what is said every five seconds one scrape in ten might always miss."""
     if shutil.which("prometheus") is None:
         pytest.skip("there is no prometheus: install the `prometheus` package")
     finished(client)
