@@ -237,7 +237,7 @@ def _files_of(bundle: Bundle, graphs: set[str]) -> Iterator[str]:
 
 
 def _weighted(model: onnx.ModelProto, ops: Sequence[str]) -> list[str]:
-    """Nodes whose second input is a weight large enough, but not the last of them: it writes the output.
+    """Nodes whose second input is a weight large enough, but not the last of them, which writes the output.
 
     Raises `ExportError` when there are none: to the quantisers an empty list would mean all nodes.
     """
@@ -275,11 +275,12 @@ def _fp16(model: onnx.ModelProto, _: Path, __: Sequence[Mapping[str, Array]]) ->
 
 
 def _dynamic(model: onnx.ModelProto, scratch: Path, __: Sequence[Mapping[str, Array]]) -> onnx.ModelProto:
+    nodes = _weighted(model, ["MatMul"])  # before it is saved, which takes the weights out of it
     quantize_dynamic(
         _saved(model, scratch),
         scratch / "made.onnx",
         op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=_weighted(model, ["MatMul"]),
+        nodes_to_quantize=nodes,
         per_channel=True,
         weight_type=QuantType.QInt8,
         extra_options={"MatMulConstBOnly": True},
@@ -288,13 +289,14 @@ def _dynamic(model: onnx.ModelProto, scratch: Path, __: Sequence[Mapping[str, Ar
 
 
 def _static(model: onnx.ModelProto, scratch: Path, calls: Sequence[Mapping[str, Array]]) -> onnx.ModelProto:
+    nodes = _weighted(model, ["MatMul"])  # before it is saved, which takes the weights out of it
     quantize_static(
         _saved(model, scratch),
         scratch / "made.onnx",
         _Recorded(calls),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=_weighted(model, ["MatMul"]),
+        nodes_to_quantize=nodes,
         per_channel=True,
         # TensorRT takes no other: signed, and with its zero in the middle.
         activation_type=QuantType.QInt8,
