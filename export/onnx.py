@@ -17,6 +17,7 @@ import onnx_ir
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from onnxscript.rewriter import pattern
 
 from models.bundle import TensorInfo
 from models.graph import Graph
@@ -29,6 +30,18 @@ EXTERNAL_BYTES = 1024
 ALIGNMENT = 4096
 # So many values of a tensor are looked at before all of them are.
 _PROBE = 4096
+
+
+def _rooted(op: Any, x: Any, mean_square: Any) -> Any:
+    return op.Mul(x, op.Reciprocal(op.Sqrt(mean_square)))
+
+
+def _divided(op: Any, x: Any, mean_square: Any) -> Any:
+    return op.Div(x, op.Sqrt(mean_square))
+
+
+# `rsqrt` as ONNX Runtime knows it: an RMS norm is one kernel then, where it was seven.
+_RULES = pattern.RewriteRuleSet([pattern.RewriteRule(_rooted, _divided)], commute=True)
 
 
 class ExportError(RuntimeError):
@@ -71,6 +84,7 @@ class WeightFile:
 def export_graph(graph: Graph, weights: WeightFile) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
     """Write `graph.file` beside its weight file; returns its inputs and outputs. Raises `ExportError`."""
     program = _trace(graph).model
+    _RULES.apply_to_model(program)
     halved = _store(program, graph, weights)
     # Without the weights, which are in their file by now: no protobuf holds more than 2 GiB.
     model = onnx_ir.to_proto(program)

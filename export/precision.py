@@ -49,7 +49,18 @@ DECODERS: tuple[GraphName, ...] = ("decoder_first", "decoder_next")
 # Weights of less than this make up for no quantiser's overhead.
 LEAST_WEIGHT = 64 * 64
 # Normalisation as it is exported, position tables and attention's softmax.
-_FP32_OPS = ("LayerNormalization", "ReduceMean", "ReduceL2", "Pow", "Sqrt", "Reciprocal", "Softmax", "Sin", "Cos")
+_FP32_OPS = (
+    "LayerNormalization",
+    "ReduceMean",
+    "ReduceL2",
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "Div",
+    "Softmax",
+    "Sin",
+    "Cos",
+)
 # Rollouts that calibrate static ranges, and how much of them.
 _PROMPTS = (
     "a small blue cube spinning on a green floor at noon",
@@ -226,17 +237,26 @@ def _files_of(bundle: Bundle, graphs: set[str]) -> Iterator[str]:
 
 
 def _weighted(model: onnx.ModelProto, ops: Sequence[str]) -> list[str]:
-    """Nodes whose second input is a weight large enough, but not the last of them: it writes the output.
+    """Nodes whose second input is a weight large enough, but not the last of them, which writes the output.
 
     Raises `ExportError` when there are none: to the quantisers an empty list would mean all nodes.
     """
-    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
-    named = [
-        node.name for node in model.graph.node if node.op_type in ops and sizes.get(node.input[1], 0) >= LEAST_WEIGHT
-    ]
+    large = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if int(np.prod(tensor.dims)) >= LEAST_WEIGHT and not _is_rotation(numpy_helper.to_array(tensor))
+    }
+    named = [node.name for node in model.graph.node if node.op_type in ops and node.input[1] in large]
     if len(named) < 2:
         raise ExportError(f"{model.graph.name} has no matrices that are large enough to quantize.")
     return named[:-1]
+
+
+def _is_rotation(weight: Array) -> bool:
+    """Whether it is RoPE's quarter turn, which is no weight and loses nothing: one 1 or -1 in each row."""
+    return bool(
+        np.all(np.count_nonzero(weight.reshape(len(weight), -1), axis=1) == 1) and set(np.unique(weight)) <= {-1, 0, 1}
+    )
 
 
 def _fp16(model: onnx.ModelProto, _: Path, __: Sequence[Mapping[str, Array]]) -> onnx.ModelProto:
@@ -255,11 +275,12 @@ def _fp16(model: onnx.ModelProto, _: Path, __: Sequence[Mapping[str, Array]]) ->
 
 
 def _dynamic(model: onnx.ModelProto, scratch: Path, __: Sequence[Mapping[str, Array]]) -> onnx.ModelProto:
+    nodes = _weighted(model, ["MatMul"])  # before it is saved, which takes the weights out of it
     quantize_dynamic(
         _saved(model, scratch),
         scratch / "made.onnx",
         op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=_weighted(model, ["MatMul"]),
+        nodes_to_quantize=nodes,
         per_channel=True,
         weight_type=QuantType.QInt8,
         extra_options={"MatMulConstBOnly": True},
@@ -268,13 +289,14 @@ def _dynamic(model: onnx.ModelProto, scratch: Path, __: Sequence[Mapping[str, Ar
 
 
 def _static(model: onnx.ModelProto, scratch: Path, calls: Sequence[Mapping[str, Array]]) -> onnx.ModelProto:
+    nodes = _weighted(model, ["MatMul"])  # before it is saved, which takes the weights out of it
     quantize_static(
         _saved(model, scratch),
         scratch / "made.onnx",
         _Recorded(calls),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=_weighted(model, ["MatMul"]),
+        nodes_to_quantize=nodes,
         per_channel=True,
         # TensorRT takes no other: signed, and with its zero in the middle.
         activation_type=QuantType.QInt8,

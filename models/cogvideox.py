@@ -149,7 +149,7 @@ class Denoiser(nn.Module):
             (left + torch.arange(columns, dtype=torch.float32) * right, head // 8 * 3),
         )
         angles = [torch.outer(grid, _frequencies(width)) for grid, width in grids]
-        # Each angle turns a pair of neighbours; `rotate` looks at one of the two.
+        # Each angle turns a pair of neighbours.
         in_time, in_height, in_width = (angle.unsqueeze(-1).expand(-1, -1, 2).flatten(1) for angle in angles)
         both = _combined(in_time, in_height, in_width)
         return both.cos(), both.sin()

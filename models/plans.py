@@ -34,6 +34,10 @@ class PlanError(ValueError):
     """There is no plan to run, or it can't be used. One line: what is wrong, and what to do about it."""
 
 
+class MissingPlanError(PlanError):
+    """There is none yet."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,6 +88,16 @@ def gpu_name(name: str, capability: tuple[int, int]) -> str:
 
 def find_plan(cache: Path, graph: GraphName, digest: str, runtime: RuntimeName, version: str, gpu: str) -> Path:
     """The newest plan of this graph for this TensorRT and GPU, its size and sha256 checked. Raises `PlanError`."""
+    path, info = newest_plan(cache, graph, digest, runtime, version, gpu)
+    if path.stat().st_size != info.bytes or sha256_of(path) != info.sha256:
+        raise PlanError(f"The plan {path} is not what its record says: delete it and build it again.")
+    return path
+
+
+def newest_plan(
+    cache: Path, graph: GraphName, digest: str, runtime: RuntimeName, version: str, gpu: str
+) -> tuple[Path, PlanInfo]:
+    """As `find_plan`, but not checked, which would read all of it. Raises `MissingPlanError`."""
     of_graph = [(path, info) for path, info in _records(cache) if info.basis.graph_sha256 == digest]
     fitting = [
         (path, info)
@@ -93,14 +107,11 @@ def find_plan(cache: Path, graph: GraphName, digest: str, runtime: RuntimeName, 
     if not fitting:
         others = sorted({f"{i.basis.runtime} {i.basis.version} on {i.basis.gpu}" for _, i in of_graph})
         there = f", only for {'; '.join(others)}" if others else ""
-        raise PlanError(
+        raise MissingPlanError(
             f"There is no plan of the {graph} for {runtime} {version} on {gpu} in {cache}{there}: "
             "make one with `rushes export tensorrt BUNDLE`."
         )
-    path, info = max(fitting, key=lambda found: found[0].stat().st_mtime)
-    if path.stat().st_size != info.bytes or sha256_of(path) != info.sha256:
-        raise PlanError(f"The plan {path} is not what its record says: delete it and build it again.")
-    return path
+    return max(fitting, key=lambda found: found[0].stat().st_mtime)
 
 
 def store_plan(cache: Path, info: PlanInfo, plan: bytes) -> Path:

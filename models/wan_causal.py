@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from models.bundle import Positions
 from models.families import UnsupportedCheckpointError
-from models.wan import AttentionProcessor, check_same_batch, rotate
+from models.wan import AttentionProcessor, attention, check_same_batch, rotate
 from models.window import ContextWindow
 
 Rotation = tuple[Tensor, Tensor]
@@ -152,13 +152,13 @@ class _Context:
         values = torch.cat([past_value.expand(past), value], dim=2)
         # Additive: a boolean mask makes the ONNX graph guard against rows that see nothing, and here is none.
         mask = torch.zeros_like(self.mask, dtype=query.dtype).masked_fill(~self.mask, float("-inf"))
-        out = F.scaled_dot_product_attention(
-            rotate(query, *self.current).flatten(0, 1).transpose(1, 2),
-            keys.flatten(0, 1).transpose(1, 2),
-            values.flatten(0, 1).transpose(1, 2),
-            attn_mask=mask.expand(batch, -1, -1).flatten(0, 1)[:, None, None],
+        out = attention(
+            rotate(query, *self.current).flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            mask.expand(batch, -1, -1).flatten(0, 1)[:, None, None],
         )
-        return out.transpose(1, 2).flatten(2, 3).view(batch, chunks, tokens, -1)
+        return out.flatten(2, 3).view(batch, chunks, tokens, -1)
 
 
 class CausalDenoiser(_Causal):
@@ -178,13 +178,15 @@ class CausalDenoiser(_Causal):
         check_same_batch(latents, timestep, encoder_hidden_states, cache, write_index)
         frames, (rows, columns) = latents.shape[2], self.grid(latents)
         context = self._context(write_index, frames, rows, columns)
-        # [batch, layers, 2, 1, past, dim]: one chunk a row.
-        past = cache.flatten(3, 5).unsqueeze(3)
+        # [batch, layers and keys or values, 1, past, dim]: one chunk a row.
+        past = cache.flatten(3, 5).flatten(1, 2).unsqueeze(2)
         new: list[Tensor] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             new.append(torch.stack([key, value], dim=1).flatten(2, 3).flatten(3, 4))
-            past_key, past_value = past[:, layer].reshape(*past.shape[:1], 2, 1, -1, *key.shape[-2:]).unbind(1)
+            past_key, past_value = (
+                past[:, 2 * layer + part].view(*past.shape[:1], 1, -1, *key.shape[-2:]) for part in (0, 1)
+            )
             return context.attend(query, key, value, past_key, past_value)
 
         velocity = self.walk(latents, timestep.unsqueeze(1), encoder_hidden_states, 1, attend)

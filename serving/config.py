@@ -86,7 +86,8 @@ class StageConfig(_Strict):
     provider: str = Field(
         default="CPUExecutionProvider",
         description="What runs the graphs: one of ONNX Runtime's execution providers; `openvino`, or `openvino_bf16` "
-        "on CPUs that have it; or `tensorrt` or `tensorrt_rtx`, for which `rushes export tensorrt` has made plans.",
+        "on CPUs that have it; or `tensorrt` or `tensorrt_rtx`, which run the plans of `rushes export "
+        "tensorrt`, and until a stage has all of them CUDAExecutionProvider.",
     )
     plans: Path | None = Field(
         default=None, description="Where TensorRT's plans are; in the bundle's directory `plans` when it is left out."
@@ -282,6 +283,12 @@ class ServiceConfig(_Strict):
         description="Bundles that models had before, in a Serve file: videos that began with one are finished by it. "
         "Its stages have no replica until there is such a video. `rushes reload` needs none.",
     )
+    fused: bool = Field(
+        default=False,
+        description="Whether one process does everything, for small installations: API, runner and the stages of all "
+        "models, each of which is there once. Nothing goes from process to process then; nothing scales, and "
+        "`rushes reload` is refused.",
+    )
     data_dir: Path = Field(default=Path("rushes-data"), description="Where the store and the finished videos live.")
     store_url: str | None = Field(
         default_factory=lambda: os.environ.get("RUSHES_STORE_URL"),
@@ -357,6 +364,19 @@ class ServiceConfig(_Strict):
                 raise ValueError(f"retiring.{name}: that is the model's bundle now")
         return self
 
+    @model_validator(mode="after")
+    def _fused_is_one_process(self) -> ServiceConfig:
+        if not self.fused:
+            return self
+        if self.retiring:
+            raise ValueError("retiring: a fused service has no other stages that an old bundle could be in")
+        counts = {f"{name}.autoscaling.max_replicas": stage.autoscaling.max_replicas for name, stage in self.stages()}
+        counts |= {"runner.replicas": self.runner.replicas, "api.replicas": self.api.replicas}
+        for key, count in counts.items():
+            if count > 1:
+                raise ValueError(f"{key}: a fused service has one of everything, not {count}")
+        return self
+
     @property
     def default_model(self) -> str:
         return next(iter(self.models))
@@ -387,7 +407,7 @@ class ServiceConfig(_Strict):
         bundles = _resolved("models", self.models)
         text_encoder, denoiser, decoder = (
             stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()})
-            for stage in self._stages
+            for _, stage in self.stages()
         )
         return self.model_copy(
             update={
@@ -400,25 +420,35 @@ class ServiceConfig(_Strict):
             }
         )
 
-    @property
-    def _stages(self) -> tuple[StageConfig, ...]:
-        return self.text_encoder, self.denoiser, self.decoder
+    def stages(self) -> list[tuple[str, StageConfig]]:
+        """Each by its key."""
+        return [("text_encoder", self.text_encoder), ("denoiser", self.denoiser), ("decoder", self.decoder)]
 
     def cores_of_one_model(self) -> float:
         """What one model's replicas ask Ray for when it is loaded."""
-        return sum(stage.num_cpus * stage.autoscaling.min_replicas for stage in self._stages)
+        return sum(stage.num_cpus * stage.autoscaling.min_replicas for _, stage in self.stages())
 
     def gpus_of_one_model(self) -> float:
         """The same in GPUs."""
-        return sum(stage.num_gpus * stage.autoscaling.min_replicas for stage in self._stages)
+        return sum(stage.num_gpus * stage.autoscaling.min_replicas for _, stage in self.stages())
 
     def cores(self) -> float:
         """What the replicas ask Ray for when every stage is at its largest."""
         return (
-            sum(stage.num_cpus * stage.autoscaling.max_replicas for stage in self._stages) * len(self.models)
+            sum(stage.num_cpus * stage.autoscaling.max_replicas for _, stage in self.stages()) * len(self.models)
             + self.runner.num_cpus * self.runner.replicas
             + self.api.num_cpus * self.api.replicas
         )
+
+    def all_labels(self) -> dict[str, str]:
+        """What a Ray node must have to take every part."""
+        stages = [stage.label_selector for _, stage in self.stages()]
+        selectors = [self.api.label_selector, self.runner.label_selector, *stages]
+        return {key: value for selector in selectors for key, value in selector.items()}
+
+    def gpus(self) -> float:
+        """The same in GPUs."""
+        return sum(stage.num_gpus * stage.autoscaling.max_replicas for _, stage in self.stages()) * len(self.models)
 
 
 def _resolved(key: str, bundles: Mapping[str, Path]) -> dict[str, Path]:

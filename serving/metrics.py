@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -57,12 +58,28 @@ class _Destination:
 
 
 _destination = _Destination()
+_labels: ContextVar[Mapping[str, str]] = ContextVar("rushes_labels", default={})  # noqa: B039 - never changed
 
 
 def send_to(sink: Sink | None, **constants: str) -> None:
     """Where this process's measurements go from now on, and labels that are the same for all of them, where a metric
     has those."""
     _destination.sink, _destination.constants = sink, constants
+
+
+@contextmanager
+def labelled(**labels: str) -> Iterator[None]:
+    """What is opened in this block measures with these labels: `labels_here` says them."""
+    token = _labels.set({**_labels.get(), **labels})
+    try:
+        yield
+    finally:
+        _labels.reset(token)
+
+
+def labels_here() -> Mapping[str, str]:
+    """For what measures later, and in other threads: to be kept, and said with each value."""
+    return _labels.get()
 
 
 def _record(metric: Metric, value: float, given: Mapping[str, str]) -> None:
@@ -77,18 +94,18 @@ def _record(metric: Metric, value: float, given: Mapping[str, str]) -> None:
 
 
 class Counter(Metric):
-    def add(self, count: float = 1.0, **labels: str) -> None:
+    def add(self, count: float = 1.0, /, **labels: str) -> None:
         if count > 0:
             _record(self, count, labels)
 
 
 class Gauge(Metric):
-    def set(self, value: float, **labels: str) -> None:
+    def set(self, value: float, /, **labels: str) -> None:
         _record(self, value, labels)
 
 
 class Histogram(Metric):
-    def observe(self, value: float, **labels: str) -> None:
+    def observe(self, value: float, /, **labels: str) -> None:
         _record(self, value, labels)
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -28,7 +28,7 @@ _FILES: dict[Variant, tuple[str, str]] = {
     "thumbnail": ("thumbnail.webp", "image/webp"),
     "spritesheet": ("spritesheet.jpg", "image/jpeg"),
 }
-_CONTENT_DOCUMENT = {
+_CONTENT_DOCUMENT: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {kind: {} for _, kind in _FILES.values()}},
     206: {"description": "The part of it that `Range` asked for."},
     304: {"description": "It is what `If-None-Match` named."},
@@ -102,7 +102,7 @@ def videos_router(
             await sweeper.remove(deleted)
         return DeletedVideo(id=video_id)
 
-    @router.get("/{video_id}/content", response_class=Response, responses=_CONTENT_DOCUMENT)  # type: ignore[arg-type]
+    @router.get("/{video_id}/content", response_class=Response, responses=_CONTENT_DOCUMENT)
     async def download_video(request: Request, video_id: str, owner: Owner, variant: Variant = "video") -> Response:
         video = await queue.existing(video_id, owner)
         if video.status is VideoStatus.FAILED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 from typing import Any, get_args
@@ -16,17 +16,49 @@ from ray import serve
 from models.bundle import Bundle
 from serving.api.app import create_api
 from serving.api.beginnings import ReferencePolicy
-from serving.api.load import StageLoad
+from serving.api.load import AskStages, StageLoad
 from serving.api.places import Places, Withdrawal
+from serving.api.queueing import Wake
 from serving.config import ServiceConfig
 from serving.deployments.loads import StageWatch
 from serving.deployments.observing import start_observing
 from serving.deployments.remote import StageHandles, StageName, remote_stages, stage_name
 from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
+from serving.jobs.storage import Storage
+from serving.pipeline.interactive import LiveStages
+from serving.pipeline.pace import StageState
 
 _LOOK_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
+
+
+def front(
+    config: ServiceConfig,
+    storage: Storage,
+    bundles: Mapping[str, Bundle],
+    stages: Mapping[str, LiveStages],
+    wake: Wake,
+    ask_stages: AskStages,
+    places: Places | None = None,
+) -> FastAPI:
+    """The API as `config` wants it."""
+    return create_api(
+        storage,
+        bundles,
+        wake,
+        aliases=config.model_aliases,
+        webhooks=webhook_policy(config),
+        require_keys=config.keys_required,
+        max_body_bytes=config.api.max_body_bytes,
+        max_file_bytes=config.api.max_file_bytes,
+        rewriter=config.text_encoder.rewriter,
+        references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
+        ask_stages=ask_stages,
+        stages=stages,
+        realtime=config.realtime,
+        places=places,
+    )
 
 
 class ApiDeployment:
@@ -38,7 +70,7 @@ class ApiDeployment:
     def __init__(self, config: ServiceConfig, runner: Any, handles: Mapping[str, StageHandles]) -> None:
         self._config, self._handles = config, handles
         self._watches: dict[tuple[str, StageName], StageWatch] = {
-            (model, stage): StageWatch(model, stage, getattr(handles[model], stage.replace("-", "_")))
+            (model, stage): StageWatch(model, stage, _asking(getattr(handles[model], stage.replace("-", "_"))))
             for model, stage in product(config.models, get_args(StageName))
         }
         self._runner = runner
@@ -51,22 +83,8 @@ class ApiDeployment:
         storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
         places = Places(config.realtime.max_sessions, storage.live)
         self._withdrawing = asyncio.create_task(self._withdraw(places))
-        return create_api(
-            storage,
-            bundles,
-            self._wake,
-            aliases=config.model_aliases,
-            webhooks=webhook_policy(config),
-            require_keys=config.keys_required,
-            max_body_bytes=config.api.max_body_bytes,
-            max_file_bytes=config.api.max_file_bytes,
-            rewriter=config.text_encoder.rewriter,
-            references=ReferencePolicy(config.api.max_reference_bytes, config.api.private_references),
-            ask_stages=self._stages,
-            stages={name: remote_stages(handles, bundles[name]) for name, handles in self._handles.items()},
-            realtime=config.realtime,
-            places=places,
-        )
+        stages = {name: remote_stages(handles, bundles[name]) for name, handles in self._handles.items()}
+        return front(config, storage, bundles, stages, self._wake, self._stages, places)
 
     async def _withdraw(self, places: Places) -> None:
         """End the sessions whose model's application isn't the runners' any more: those are the first to know."""
@@ -112,3 +130,11 @@ class ApiDeployment:
                 await self._runner.broadcast("tell", video_id).results_async()
         except Exception:
             _log.warning("no runner could be told of the news", exc_info=True)
+
+
+def _asking(handle: Any) -> Callable[[], Awaitable[Sequence[StageState]]]:
+    async def ask() -> Sequence[StageState]:
+        states: Sequence[StageState] = await handle.broadcast("state").results_async()
+        return states
+
+    return ask

@@ -16,10 +16,11 @@ from ray.serve.config import RequestRouterConfig
 from models.bundle import Bundle
 from serving.config import ServiceConfig, StageConfig, parse_config
 from serving.deployments.api import ApiDeployment
+from serving.deployments.crew import RunnerDeployment
 from serving.deployments.decoder import DecoderDeployment
 from serving.deployments.denoiser import DenoiserDeployment
+from serving.deployments.fused import FusedDeployment
 from serving.deployments.remote import StageHandles, StageName, stage_name
-from serving.deployments.runner import RunnerDeployment
 from serving.deployments.text_encoder import TextEncoderDeployment
 
 # Equal session ids go to one replica. A busy replica is waited for: elsewhere there is no causal cache.
@@ -43,10 +44,27 @@ def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Applic
     if not isinstance(config, ServiceConfig):
         config = parse_config(config or {})
     config = config.resolved()
+    if config.fused:
+        checked(config.models)
+        return build_fused(config)
     stages = {name: _stages(name, bundle, config) for name, bundle in checked(config.models).items()}
     asleep = _asleep(config)
     retiring = {name: _stages(f"{name}-retiring", bundle, asleep) for name, bundle in checked(config.retiring).items()}
     return build_api(config, build_runner(config, stages, retiring), stages)
+
+
+def build_fused(config: ServiceConfig) -> Application:
+    """Everything in one replica. An old one ends before a new one begins: it would take videos that it doesn't know."""
+    application: Application = _deployment(
+        serve.ingress()(FusedDeployment),
+        "fused",
+        config,
+        num_replicas=1,
+        max_ongoing_requests=config.api.max_ongoing_requests,
+        graceful_shutdown_timeout_s=max(config.graceful_shutdown_seconds, config.realtime.max_seconds),
+        ray_actor_options=_asked(config.cores(), config.gpus(), config.all_labels()),
+    ).bind(config)
+    return application
 
 
 def build_model(name: str, bundle: Bundle, config: ServiceConfig) -> Application:

@@ -12,9 +12,9 @@ from models.bundle import Bundle
 from serving.config import DecoderConfig, ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.opening import open_decoder
 from serving.deployments.scaling import stats_of
 from serving.logs import about
-from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.pace import StageState
 from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec, same_bundle
@@ -28,14 +28,7 @@ class DecoderDeployment:
         start_observing(observing)
         self._digest = digest
         loaded = Bundle.load(bundle, digest)
-        self._stage = EngineDecoder.open(
-            loaded,
-            threads=config.threads,
-            provider=config.provider,
-            plans=config.plans,
-            video_encoder=config.video_encoder,
-            max_sessions=config.max_sessions,
-        )
+        self._stage = open_decoder(loaded, config)
         self._encoder = EngineEncoder.open(loaded, threads=config.threads, provider=config.provider)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 

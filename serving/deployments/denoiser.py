@@ -17,10 +17,10 @@ from models.bundle import Bundle
 from serving.config import DenoiserConfig, ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.opening import open_denoiser
 from serving.deployments.scaling import stats_of
-from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.pace import StageState
-from serving.pipeline.scheduler import Limits, TraceLine
+from serving.pipeline.scheduler import TraceLine
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering, StepDone, same_bundle
 from serving.tracing import Open
 
@@ -34,14 +34,7 @@ class DenoiserDeployment:
     def __init__(self, bundle: Path, digest: str, config: DenoiserConfig, observing: ObservabilityConfig) -> None:
         start_observing(observing)
         self._digest = digest
-        self._stage = EngineDenoiser.open(
-            Bundle.load(bundle, digest),
-            threads=config.threads,
-            provider=config.provider,
-            plans=config.plans,
-            limits=Limits(max_rows=config.max_rows, max_tokens=config.max_tokens),
-            max_sessions=config.max_sessions,
-        )
+        self._stage = open_denoiser(Bundle.load(bundle, digest), config)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))
 
     async def denoise(self, request: DenoiseRequest, bundle: str, caller: Any) -> AsyncGenerator[DenoiseEvent, None]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from models.bundle import Bundle
 from serving.config import ConfigError, ServiceConfig
-from serving.deployments.app import build_api, build_model, build_runner, checked
+from serving.deployments.app import build_api, build_fused, build_model, build_runner, checked
 from serving.deployments.remote import StageHandles, StageName, stage_name
 
 API, RUNNER = "rushes", "rushes-runner"
@@ -58,8 +58,11 @@ class Fleet:
             raise ConfigError("retiring is for Serve files: here an old bundle finishes its videos by itself")
         config = config.resolved()
         models = _models_of(config)
-        # All at once: waiting for each in turn would take several times as long.
-        self._serve.run_many([*self._targets(models, config), *self._front(models, config)])
+        if config.fused:
+            self._serve.run_many([self._target(build_fused(config), API, route_prefix="/")])
+        else:
+            # All at once: waiting for each in turn would take several times as long.
+            self._serve.run_many([*self._targets(models, config), *self._front(models, config)])
         self._config, self._models = config, models
 
     def change(self, config: ServiceConfig) -> list[str]:
@@ -70,6 +73,8 @@ class Fleet:
         hand. Raises `ConfigError`, `BundleError` or `FleetError`: then what was served before still is.
         """
         assert self._config is not None
+        if self._config.fused:
+            raise ConfigError("a fused service is changed by a new start, which goes on with every video in hand")
         config = config.resolved()
         _check_changeable(self._config, config)
         models = _models_of(config)
@@ -109,7 +114,9 @@ class Fleet:
         return self._handle(self._models[model], stage)
 
     def runner(self) -> Any:
-        return self._existing("runner", RUNNER)
+        """The handle of whatever has the videos in hand."""
+        fused = self._config is not None and self._config.fused
+        return self._existing("fused", API) if fused else self._existing("runner", RUNNER)
 
     def _targets(self, models: Mapping[str, _Model], config: ServiceConfig) -> list[Any]:
         return [self._target(build_model(m.name, m.bundle, config), m.app) for m in models.values()]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
 from serving.api.load import StageLoad
 from serving.pipeline.pace import StageState
@@ -18,10 +17,11 @@ _PATIENCE_SECONDS = 2.0
 
 
 class StageWatch:
-    """One stage through its handle. How much of the time it is busy is told from one asking to the next."""
+    """One stage. How much of the time it is busy is told from one asking to the next."""
 
-    def __init__(self, model: str, stage: str, handle: Any) -> None:
-        self._model, self._stage, self._handle = model, stage, handle
+    def __init__(self, model: str, stage: str, ask: Callable[[], Awaitable[Sequence[StageState]]]) -> None:
+        """`ask` gets the state of each of its replicas."""
+        self._model, self._stage, self._ask = model, stage, ask
         self._before: tuple[float, float] | None = None
 
     async def load(self, replicas: int, target_replicas: int) -> StageLoad:
@@ -29,7 +29,7 @@ class StageWatch:
         counted = StageLoad(model=self._model, stage=self._stage, replicas=replicas, target_replicas=target_replicas)
         try:
             async with asyncio.timeout(_PATIENCE_SECONDS):
-                states: Sequence[StageState] = await self._handle.broadcast("state").results_async()
+                states = await self._ask()
         except Exception:
             _log.warning("%s: its %s don't say how they stand", self._model, self._stage, exc_info=True)
             return counted

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 import ray
 from ray import serve
 from ray.serve import metrics as ray_metrics
 
-from serving.jobs.census import Census
 from serving.metrics import (
     BUILD_INFO,
     JOBS,
@@ -26,6 +25,9 @@ from serving.metrics import (
     send_to,
 )
 from serving.pipeline.pace import StageState
+
+if TYPE_CHECKING:
+    from serving.jobs.census import Census  # a stage has no database, and starts sooner without what one needs
 
 _LOOK_SECONDS = 1.0
 _COUNT_SECONDS = 5.0
@@ -67,13 +69,16 @@ def start_metering() -> None:
     send_to(RayMetrics(), **constants)
 
 
-async def report_stage(state: Callable[[], StageState]) -> None:
-    """Say how a stage stands, until this is cancelled: Ray forgets a gauge that isn't said again."""
+async def report_stage(state: Callable[[], StageState], **labels: str) -> None:
+    """Say how a stage stands, until this is cancelled: Ray forgets a gauge that isn't said again.
+
+    `labels` are for a process that has more than the one stage that it is named after.
+    """
     while True:
         now = state()
-        STAGE_WAITING.set(now.waiting)
-        STAGE_IN_FLIGHT.set(now.in_flight)
-        STAGE_OUTSTANDING.set(now.outstanding_seconds)
+        STAGE_WAITING.set(now.waiting, **labels)
+        STAGE_IN_FLIGHT.set(now.in_flight, **labels)
+        STAGE_OUTSTANDING.set(now.outstanding_seconds, **labels)
         await asyncio.sleep(_LOOK_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""The runner: claims queued videos and takes each through the stages, several at a time."""
+"""The runner: claims queued videos and takes each through the stages, several at a time. No Ray."""
 
 from __future__ import annotations
 
@@ -10,22 +10,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from models.bundle import Bundle
-from serving.api.models import Catalog
-from serving.config import ServiceConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
-from serving.deployments.batches import BatchWorker
-from serving.deployments.courier import Courier
-from serving.deployments.metering import report_jobs
-from serving.deployments.observing import start_observing
-from serving.deployments.remote import StageHandles, remote_stages
-from serving.deployments.storage import REPLICA_PATIENCE_SECONDS, open_storage, webhook_policy
-from serving.jobs.census import Census
 from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
-from serving.jobs.sweeper import Sweeper
 from serving.jobs.video import BATCH, HELD
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.turns import most_of_others
@@ -159,88 +148,3 @@ class Runner:
         if video.priority >= BATCH:
             self._batch_places += 1
             self._news.set()  # the next of a batch may be claimed
-
-
-class RunnerDeployment:
-    """A `Runner` behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
-
-    def __init__(
-        self, config: ServiceConfig, handles: Mapping[str, StageHandles], retiring: Mapping[str, StageHandles]
-    ) -> None:
-        start_observing(config.observability)
-        storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
-        bundles = {name: Bundle.load(path) for name, path in config.models.items()}
-        self._apps = {name: of_model.denoiser.app_name for name, of_model in handles.items()}
-        self._runner = Runner(
-            storage,
-            {name: remote_stages(of_model, bundles[name]) for name, of_model in handles.items()},
-            AttemptSettings(
-                lease_seconds=config.lease_seconds,
-                max_attempts=config.runner.max_attempts,
-                checkpoint_steps=config.runner.checkpoint_steps,
-                log_prompts=config.observability.log_prompts,
-            ),
-            max_videos=config.runner.max_videos,
-            poll_seconds=config.runner.poll_seconds,
-            retiring={
-                name: remote_stages(of_model, Bundle.load(config.retiring[name])) for name, of_model in retiring.items()
-            },
-        )
-        loop = asyncio.get_running_loop()
-        self._running = loop.create_task(self._runner.run())
-        sweeper = Sweeper(
-            storage.videos,
-            storage.artifacts,
-            files=storage.files,
-            live=storage.live,
-            quota_bytes=config.quota_bytes,
-        )
-        batches = BatchWorker(
-            storage, Catalog(bundles, config.model_aliases, config.text_encoder.rewriter), webhook_policy(config)
-        )
-        self._batching = loop.create_task(batches.run(config.runner.batch_poll_seconds))
-        self._delivering: asyncio.Task[None] | None = None
-        if config.webhooks.secret is not None:
-            courier = Courier(
-                storage.outbox,
-                config.webhooks.secret,
-                allow_private=config.webhooks.allow_private,
-                timeout_seconds=config.webhooks.timeout_seconds,
-                give_up_seconds=config.webhooks.give_up_seconds,
-            )
-            self._delivering = loop.create_task(courier.run(config.runner.batch_poll_seconds))
-        self._sweeping = loop.create_task(sweeper.run(config.sweep_seconds))
-        self._reporting = loop.create_task(report_jobs(Census(storage.database), lambda: self._runner.running))
-
-    async def wake(self) -> None:
-        """There is a new video in the store."""
-        self._runner.wake()
-
-    async def tell(self, video_id: str) -> None:
-        """Somebody wants this video to stop."""
-        self._runner.tell(video_id)
-
-    async def running(self) -> int:
-        """Videos in hand."""
-        return self._runner.running
-
-    async def serves(self) -> Mapping[str, str]:
-        """The application of each model that videos are made on now."""
-        return self._apps
-
-    async def hand_back(self) -> None:
-        """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""
-        self._running.cancel()
-        await asyncio.wait({self._running})
-
-    async def drain(self) -> None:
-        """Take nothing new, and return when what is in hand has ended. What is queued stays in the store."""
-        await self._runner.drain()
-
-    async def check_health(self) -> None:
-        if self._running.done() and not self._runner.draining and not self._running.cancelled():
-            raise RuntimeError("the runner has stopped") from self._running.exception()
-
-    async def __del__(self) -> None:
-        # Ray Serve calls and awaits this when the replica must go, for as long as `graceful_shutdown_seconds`.
-        await self._runner.drain()

@@ -14,11 +14,11 @@ from serving.chat import open_rewriter
 from serving.config import ObservabilityConfig, TextEncoderConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
+from serving.deployments.opening import open_text_encoder
 from serving.deployments.scaling import stats_of
 from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.pace import StageState
 from serving.pipeline.stages import TextEmbedding, same_bundle
-from serving.pipeline.text import EngineTextEncoder
 from serving.tracing import NOWHERE, Carrier, span
 
 
@@ -32,9 +32,7 @@ class TextEncoderDeployment:
         start_observing(observing)
         self._digest = digest
         loaded = Bundle.load(bundle, digest)
-        self._stage = EngineTextEncoder.open(
-            loaded, threads=config.threads, provider=config.provider, plans=config.plans
-        )
+        self._stage = open_text_encoder(loaded, config)
         self._rewriter = open_rewriter(loaded, config.rewriter)
         self._captioner = EngineCaptioner.open(loaded)
         self._reporting = asyncio.create_task(report_stage(lambda: self._stage.state))

@@ -57,6 +57,9 @@ class Cuda:
             return np.concatenate(arrays)
         return arrays[0] if len(arrays) == 1 else self._torch.cat(list(arrays))
 
+    def own(self, array: Any) -> Any:
+        return self.tensor(array)
+
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
         """Contiguous; its memory goes back to torch's allocator with the last reference, for the next call's tensor."""
         return self._torch.empty(tuple(shape), dtype=self._dtypes[dtype], device=self._device)
@@ -106,7 +109,7 @@ class Cuda:
         return graph.replay if done else None
 
     def _new_stream(self) -> Any:
-        return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class SharedMemory:

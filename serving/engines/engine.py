@@ -39,6 +39,9 @@ class Arrays(Protocol):
     def join(self, arrays: Sequence[Array]) -> Array:
         """Along the first axis."""
 
+    def own(self, array: Array) -> Array:
+        """State that may have been made for an engine before this one: as it is, if it is this one's already."""
+
 
 class HostArrays:
     """`Arrays` of an engine that takes everything from the host's memory."""
@@ -49,6 +52,9 @@ class HostArrays:
     def join(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
+    def own(self, array: Array) -> Array:
+        return array
+
 
 HOST = HostArrays()
 
@@ -57,6 +63,12 @@ def arrays_of(engine: Engine) -> Arrays:
     """The engine's own, if it keeps state on a device."""
     arrays: Arrays = getattr(engine, "arrays", HOST)
     return arrays
+
+
+def engine_now(engine: Engine) -> Engine:
+    """What it is at this moment, if it is one that may move: the same throughout a call and what is around it."""
+    current: Engine = getattr(engine, "now", engine)
+    return current
 
 
 class EngineError(RuntimeError):

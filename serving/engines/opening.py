@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from models.bundle import Bundle, GraphName
-from models.plans import PLANS, PlanError, RuntimeName, find_plan, gpu_name, graph_digest
+from models.plans import (
+    PLANS,
+    MissingPlanError,
+    PlanError,
+    RuntimeName,
+    find_plan,
+    gpu_name,
+    graph_digest,
+    newest_plan,
+)
 from serving.engines.engine import Engine, EngineError
-from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.moving import moving
+from serving.engines.onnx_runtime import CPU, CUDA, OnnxRuntimeEngine
 from serving.engines.openvino import OPENVINO, OPENVINO_BF16, OpenVinoEngine
 
 if TYPE_CHECKING:
@@ -19,9 +31,14 @@ if TYPE_CHECKING:
 
 # Providers that run plans; all others are ONNX Runtime's.
 NATIVE: tuple[RuntimeName, ...] = ("tensorrt", "tensorrt_rtx")
+# What runs the graphs until there are plans, and how often it is looked for those.
+_MEANWHILE = CUDA
+_LOOK_SECONDS = 10.0
 # Input shapes captured by each engine: two sizes, four batches.
 _GRAPHS = 8
 _STATE = ("cache_", "next_cache_", "chunk_cache")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +61,41 @@ class Opener:
         Raises `EngineError`, also for a graph that isn't what the manifest says.
         """
         if self.provider not in NATIVE:
-            return [self._checked(name, self._onnx(name)) for name in graphs]
-        from serving.engines.cuda import Cuda, SharedMemory
+            return [self._checked(name, self._onnx(name, self.provider)) for name in graphs]
+        return self._plans(graphs).open()
 
-        runtime, cuda, memory = self._runtime(graphs[0]), Cuda(), SharedMemory()
-        return [self._checked(name, self._native(name, runtime, cuda, memory)) for name in graphs]
+    def start(self, *graphs: GraphName) -> Sequence[Engine]:
+        """As `open`, for a stage that goes on: where plans are missing ONNX Runtime's CUDA runs the graphs until all of
+        them are there, and moves to them then.
+
+        Raises `EngineError`, also for a plan that is there and can't be used.
+        """
+        if self.provider not in NATIVE:
+            return self.open(*graphs)
+        plans = self._plans(graphs)
+        missing = plans.missing()
+        if missing is None:
+            return plans.open()
+        try:
+            engines = [self._checked(name, self._onnx(name, _MEANWHILE)) for name in graphs]
+        except EngineError as error:
+            raise EngineError(f"{missing} Nor can {_MEANWHILE} stand in until then: {error}") from error
+        _log.warning("%s %s runs the graphs until there are plans of all of them.", missing, _MEANWHILE)
+        return moving(graphs[0], engines, plans, _LOOK_SECONDS)
+
+    def _plans(self, graphs: Sequence[GraphName]) -> _Plans:
+        from serving.engines.cuda import Cuda
+
+        runtime, cuda = self._runtime(graphs[0]), Cuda()
+        model, capability = cuda.name()
+        name: RuntimeName = "tensorrt" if self.provider == "tensorrt" else "tensorrt_rtx"
+        # RTX plans are for a compute capability, and finished on the card itself.
+        gpu = gpu_name(model, capability) if name == "tensorrt" else "sm{}{}".format(*capability)
+        wanted = [
+            _Wanted(self._cache, graph, graph_digest(self.bundle, graph), name, str(runtime.__version__), gpu)
+            for graph in graphs
+        ]
+        return _Plans(self, wanted, runtime, cuda)
 
     @property
     def _cache(self) -> Path:
@@ -58,18 +105,18 @@ class Opener:
         """`pixels` is there to measure parity with; nothing that is served is made of it."""
         return [output.name for output in self.bundle.manifest.graphs[graph].outputs if output.name != "pixels"]
 
-    def _onnx(self, graph: GraphName) -> Engine:
-        if self.provider in (OPENVINO, OPENVINO_BF16):
+    def _onnx(self, graph: GraphName, provider: str) -> Engine:
+        if provider in (OPENVINO, OPENVINO_BF16):
             return OpenVinoEngine(
                 self.bundle.path_of(graph),
                 threads=self.threads,
-                precision="bf16" if self.provider == OPENVINO_BF16 else "f32",
+                precision="bf16" if provider == OPENVINO_BF16 else "f32",
                 outputs=self._wanted(graph),
             )
         return OnnxRuntimeEngine(
             self.bundle.path_of(graph),
             threads=self.threads,
-            provider=self.provider,
+            provider=provider,
             outputs=self._wanted(graph),
             context_dir=self._cache / graph_digest(self.bundle, graph)[:32],
         )
@@ -81,19 +128,12 @@ class Opener:
             wanted = "pip install 'rushes[tensorrt]'" if self.provider == "tensorrt" else "pip install tensorrt-rtx"
             raise EngineError(f"{graph}: {self.provider} can't be imported ({error}): {wanted}") from error
 
-    def _native(self, graph: GraphName, runtime: ModuleType, cuda: Cuda, memory: SharedMemory) -> Engine:
+    def native(self, graph: GraphName, plan: Path, runtime: ModuleType, cuda: Cuda, memory: SharedMemory) -> Engine:
+        """This plan. Raises `EngineError`."""
         from serving.engines.tensorrt import TensorRTEngine
 
-        name: RuntimeName = "tensorrt" if self.provider == "tensorrt" else "tensorrt_rtx"
-        model, capability = cuda.name()
-        # RTX plans are for a compute capability, and finished on the card itself.
-        gpu = gpu_name(model, capability) if name == "tensorrt" else "sm{}{}".format(*capability)
-        try:
-            plan = find_plan(self._cache, graph, graph_digest(self.bundle, graph), name, str(runtime.__version__), gpu)
-        except PlanError as error:
-            raise EngineError(str(error)) from error
         outputs = self._wanted(graph)
-        return TensorRTEngine(
+        engine = TensorRTEngine(
             plan,
             runtime,
             cuda,
@@ -104,6 +144,7 @@ class Opener:
             # Caches would be copied into the captured buffers and out again.
             graphs=0 if any(t.name.startswith("cache") for t in self.bundle.manifest.graphs[graph].inputs) else _GRAPHS,
         )
+        return self._checked(graph, engine)
 
     def _checked(self, graph: GraphName, engine: Engine) -> Engine:
         info = self.bundle.manifest.graphs[graph]
@@ -120,3 +161,54 @@ class Opener:
                 f"{info.file}: its inputs aren't those in the manifest of {self.bundle.root}: export the bundle again"
             )
         return engine
+
+
+class _Wanted(NamedTuple):
+    """A plan, as `find_plan` takes it."""
+
+    cache: Path
+    graph: GraphName
+    digest: str
+    runtime: RuntimeName
+    version: str
+    gpu: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plans:
+    """The plans of graphs that never run at the same time; `Better` engines than those that run meanwhile."""
+
+    opener: Opener
+    wanted: Sequence[_Wanted]
+    runtime: ModuleType
+    cuda: Cuda
+
+    def missing(self) -> str | None:
+        """Which plan isn't there, and how to make it."""
+        try:
+            self._newest()
+        except MissingPlanError as error:
+            return str(error)
+        return None
+
+    def find(self) -> Hashable | None:
+        try:
+            files = [(path, path.stat()) for path in self._newest()]
+        except MissingPlanError:
+            return None
+        return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in files)
+
+    def open(self) -> list[Engine]:
+        from serving.engines.cuda import SharedMemory
+
+        memory = SharedMemory()
+        return [self._engine(wanted, memory) for wanted in self.wanted]
+
+    def _newest(self) -> list[Path]:
+        return [newest_plan(*wanted)[0] for wanted in self.wanted]
+
+    def _engine(self, wanted: _Wanted, memory: SharedMemory) -> Engine:
+        try:
+            return self.opener.native(wanted.graph, find_plan(*wanted), self.runtime, self.cuda, memory)
+        except PlanError as error:
+            raise EngineError(str(error)) from error

@@ -26,11 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from serving.jobs.bell import Bell
 from serving.jobs.video import StaleFence, is_video_id
 
 # Readers look at the index's size. A `stat` takes some two microseconds, works across processes and containers that
 # share a directory, and needs no descriptor a reader (inotify has limits on both): at the longest pause a reader
-# costs 25 wake-ups a second and sees a fragment within 40 ms.
+# costs 25 wake-ups a second and sees a fragment within 40 ms. One in the writer's own process is told at once.
 _SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.04
 _ASK_END_SECONDS = 1.0
@@ -58,6 +59,8 @@ class LogEnd:
     error_code: str | None = None
     error_message: str | None = None
 
+
+_grown = Bell()
 
 # Whether a video has ended as far as somebody else (the store) knows, and how.
 AskEnd = Callable[[], Awaitable[LogEnd | None]]
@@ -175,7 +178,7 @@ class FragmentLog:
                 said = await ask_end()  # and then once more around: it may have been written meanwhile
                 until_asking = _ASK_END_SECONDS
                 continue
-            await asyncio.sleep(pause)
+            await _grown.wait(self.path, pause)
             until_asking -= pause
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
 
@@ -209,14 +212,15 @@ class LogWriter:
         `LogError` for other bytes, for a gap and after the end, `StaleFence` when a newer attempt has begun.
         """
         await asyncio.to_thread(self._append, index, first_frame, frames, init, data)
+        _grown.ring(self.log.path)
 
     async def close(self) -> None:
         """No more fragments will come: the video is whole. Raises `LogError` when it failed, or `StaleFence`."""
-        await asyncio.to_thread(self._finish, LogEnd())
+        await self._ended(LogEnd())
 
     async def fail(self, code: str, message: str) -> None:
         """No more fragments will come. Raises `LogError` when the log was closed as whole, or `StaleFence`."""
-        await asyncio.to_thread(self._finish, LogEnd(code, message[:_LONGEST_MESSAGE]))
+        await self._ended(LogEnd(code, message[:_LONGEST_MESSAGE]))
 
     @property
     def frames(self) -> int:
@@ -263,6 +267,10 @@ class LogWriter:
             entry = LogEntry(index, first_frame, frames, len(data), hashlib.sha256(data).hexdigest())
             self._index.append(entry)
             self._note(entry)
+
+    async def _ended(self, end: LogEnd) -> None:
+        await asyncio.to_thread(self._finish, end)
+        _grown.ring(self.log.path)
 
     def _finish(self, end: LogEnd) -> None:
         with self._locked():

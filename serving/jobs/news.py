@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import defaultdict
-from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import text
 
+from serving.jobs.bell import Bell
 from serving.jobs.database import Database
 
 _log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class LogNews:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._bell = Bell()
         self._listening: threading.Thread | None = None
 
     async def tell(self, video_id: str) -> None:
@@ -43,17 +42,8 @@ class LogNews:
 
     async def wait(self, video_id: str, seconds: float) -> None:
         """Until there is word of the video, but not for longer."""
-        heard = asyncio.Event()
-        self._waiting[video_id].add(heard)
         self._listen()
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await heard.wait()
-        finally:
-            self._waiting[video_id].discard(heard)
-            if not self._waiting[video_id]:
-                del self._waiting[video_id]
+        await self._bell.wait(video_id, seconds)
 
     def _tell(self, video_id: str) -> None:
         with self._database.write() as connection:
@@ -84,9 +74,4 @@ class LogNews:
             connection.execute(f"LISTEN {_CHANNEL}")
             while not loop.is_closed():
                 for note in connection.notifies(timeout=_LOOK_SECONDS):
-                    with suppress(RuntimeError):  # the loop was closed meanwhile
-                        loop.call_soon_threadsafe(self._wake, note.payload)
-
-    def _wake(self, video_id: str) -> None:
-        for heard in self._waiting.get(video_id, ()):
-            heard.set()
+                    self._bell.ring(note.payload)

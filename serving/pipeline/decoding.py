@@ -100,7 +100,7 @@ class EngineDecoder:
         names: list[GraphName] = ["decoder_first", "decoder_next"]
         if bundle.manifest.tiny_decoder is not None:
             names += ["tiny_decoder_first", "tiny_decoder_next"]
-        first, following, *tiny = opener.open(*names)
+        first, following, *tiny = opener.start(*names)
         return cls(
             (first, following),
             bundle.manifest,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.bundle import Bundle, GraphName, Manifest
-from serving.engines.engine import Engine, EngineError, arrays_of
+from serving.engines.engine import Engine, EngineError, arrays_of, engine_now
 from serving.engines.onnx_runtime import CPU
 from serving.engines.opening import Opener
 from serving.metrics import BATCH_ROWS
@@ -95,7 +95,7 @@ class EngineDenoiser:
         max_sessions: int = 64,
     ) -> EngineDenoiser:
         names: list[GraphName] = ["denoiser", "denoiser_2"] if bundle.manifest.experts else ["denoiser"]
-        engines = Opener(bundle, threads, provider, plans).open(*names)
+        engines = Opener(bundle, threads, provider, plans).start(*names)
         second = engines[1] if len(engines) > 1 else None
         return cls(engines[0], bundle.manifest, second=second, limits=limits, max_sessions=max_sessions)
 
@@ -257,7 +257,7 @@ class EngineDenoiser:
 
     def _measure(self, batch: Sequence[_Place], rows: int, tokens: int, seconds: float) -> None:
         self._pace.took(tokens, seconds)
-        BATCH_ROWS.observe(rows)
+        BATCH_ROWS.observe(rows, **self._pace.labels)
         ended = time.time_ns()
         for place in batch:
             begun = ended - int(1e9 * seconds)
@@ -286,10 +286,12 @@ class EngineDenoiser:
 
     def _step(self, batch: Sequence[Session]) -> list[list[LatentChunk | SamplerState]]:
         """One engine call for all of `batch`, in the engine's thread; returns what each session finished."""
+        engine = engine_now(self._engines[batch[0].graph])
+        arrays = arrays_of(engine)
+        for session in batch:
+            session.settle(arrays)
         fed = [session.feeds() for session in batch]
-        engine = self._engines[batch[0].graph]
-        join = arrays_of(engine).join
-        outputs = engine.run({name: join([feeds[name] for feeds in fed]) for name in fed[0]})
+        outputs = engine.run({name: arrays.join([feeds[name] for feeds in fed]) for name in fed[0]})
         finished, row = [], 0
         for session in batch:
             rows = slice(row, row + session.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from serving.metrics import STAGE_BUSY, STAGE_CALL
+from serving.metrics import STAGE_BUSY, STAGE_CALL, labels_here
 
 # What came so many calls ago counts a third: a GPU that others share changes its pace.
 _REMEMBERED_CALLS = 50.0
@@ -25,9 +25,13 @@ class StageState:
 
 
 class Pace:
-    """Seconds for a unit of work: tokens for a denoiser, latents for a decoder, calls for a text encoder."""
+    """Seconds for a unit of work: tokens for a denoiser, latents for a decoder, calls for a text encoder.
+
+    `labels` are those under which the stage was opened, for all that it measures.
+    """
 
     def __init__(self) -> None:
+        self.labels = labels_here()
         self._units = self._seconds = 0.0
         self.busy_seconds = 0.0
 
@@ -36,8 +40,8 @@ class Pace:
         kept = 1 - 1 / _REMEMBERED_CALLS
         self._units, self._seconds = kept * self._units + units, kept * self._seconds + seconds
         self.busy_seconds += seconds
-        STAGE_BUSY.add(seconds)
-        STAGE_CALL.observe(seconds)
+        STAGE_BUSY.add(seconds, **self.labels)
+        STAGE_CALL.observe(seconds, **self.labels)
 
     def seconds(self, units: float) -> float:
         """What so much work will take; 0 before the first call, which nothing is known of."""

@@ -103,6 +103,9 @@ class Session(ABC):
     def shape(self) -> tuple[int, int, int, int]:
         """`(channels, frames, height, width)` of a row's latents in the next call."""
 
+    def settle(self, arrays: Arrays) -> None:  # noqa: B027 - most keep nothing for the engine
+        """Before a call: the engine, and so what its state is made by, may be another one since the last call."""
+
     @abstractmethod
     def feeds(self) -> dict[str, Array]:
         """The next call's inputs, each `[rows, …]`."""
@@ -276,6 +279,9 @@ class CausalSession(Session):
     def shape(self) -> tuple[int, int, int, int]:
         channels, frames, height, width = self._latent_shape
         return channels, min(self._chunk_frames, frames - self._chunk * self._chunk_frames), height, width
+
+    def settle(self, arrays: Arrays) -> None:
+        self._cache = arrays.own(self._cache)
 
     def feeds(self) -> dict[str, Array]:
         denoising = self._step < self._table.steps

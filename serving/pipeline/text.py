@@ -63,7 +63,7 @@ class EngineTextEncoder:
         plans: Path | None = None,
         cache_bytes: int = 64 << 20,
     ) -> EngineTextEncoder:
-        (engine,) = Opener(bundle, threads, provider, plans).open("text_encoder")
+        (engine,) = Opener(bundle, threads, provider, plans).start("text_encoder")
         return cls(engine, bundle.tokenizer, bundle.manifest.text, cache_bytes=cache_bytes)
 
     @property
@@ -91,9 +91,9 @@ class EngineTextEncoder:
         async with self._one_call:
             if key in self._cache:
                 self._cache.move_to_end(key)
-                EMBEDDINGS.add(cache="hit")
+                EMBEDDINGS.add(cache="hit", **self._pace.labels)
                 return self._cache[key]
-            EMBEDDINGS.add(cache="miss")
+            EMBEDDINGS.add(cache="miss", **self._pace.labels)
             loop = asyncio.get_running_loop()
             started = loop.time()
             embedding = await loop.run_in_executor(self._thread, self._run, cleaned)

@@ -11,7 +11,10 @@ from serving.validation.findings import Finding
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A deployment's replicas: what each asks Ray for, and how many there are at least and at most."""
+    """A deployment's replicas: what each asks Ray for, and how many there are at least and at most.
+
+    `surge` of them are there beside the fewest while an upgrade in place goes on.
+    """
 
     name: str
     num_cpus: float
@@ -19,6 +22,7 @@ class Demand:
     label_selector: Mapping[str, str]
     least: int
     most: int
+    surge: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ def demands_of(config: ServiceConfig) -> list[Demand]:
             scaling.max_replicas,
         )
 
+    if config.fused:
+        return [Demand("fused", config.cores(), config.gpus(), config.all_labels(), 1, 1)]
     found = []
     retiring = [f"{model}-retiring" for model in config.retiring]
     for model in [*config.models, *retiring]:
@@ -72,14 +78,17 @@ def demands_of(config: ServiceConfig) -> list[Demand]:
             stage(f"{model}-denoiser", config.denoiser),
             stage(f"{model}-decoder", config.decoder),
         ]
-        found += [replace(each, least=0) for each in of_model] if model in retiring else of_model
+        # A retiring stage wakes up for the videos that its bundle has begun.
+        found += [replace(each, least=0, surge=1) for each in of_model] if model in retiring else of_model
     for name, part in (("runner", config.runner), ("api", config.api)):
-        found.append(Demand(name, part.num_cpus, 0, part.label_selector, part.replicas, part.replicas))
+        # The new ones are started before the old ones stop (see `build_app`).
+        count = part.replicas
+        found.append(Demand(name, part.num_cpus, 0, part.label_selector, count, count, surge=count))
     return found
 
 
 def check_placement(demands: Sequence[Demand], groups: Sequence[NodeGroup]) -> list[Finding]:
-    """What no node can take, and what can't run beside the rest."""
+    """What no node can take, and what can't run beside the rest: now, in an upgrade, and at the most."""
     found = []
     for demand in demands:
         if not any(group.takes(demand) for group in groups):
@@ -90,8 +99,14 @@ def check_placement(demands: Sequence[Demand], groups: Sequence[NodeGroup]) -> l
     if found:
         return found
     if left := _left_over([(demand, demand.least) for demand in demands], groups):
-        found.append(Finding(left.name, "the fewest replicas of all deployments don't fit into the largest cluster"))
-    elif left := _left_over([(demand, demand.most) for demand in demands], groups):
+        return [Finding(left.name, "the fewest replicas of all deployments don't fit into the largest cluster")]
+    if left := _left_over([(demand, demand.least + demand.surge) for demand in demands], groups):
+        message = (
+            "the largest cluster has no room for an upgrade in place, which starts new API and runner replicas beside "
+            "the old ones, and retiring stages beside the new ones: it would wait for ever"
+        )
+        found.append(Finding(left.name, message, certain=False))
+    if left := _left_over([(demand, demand.most) for demand in demands], groups):
         message = "the most replicas don't fit into the largest cluster: the last ones will never start"
         found.append(Finding(left.name, message, certain=False))
     return found

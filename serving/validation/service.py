@@ -89,7 +89,8 @@ def _model(config: ServiceConfig, bundle: Bundle, gpu_gib: Mapping[str, float]) 
         if name in gpu_gib and settings.num_gpus:
             found += _memory(name, settings, bundle, spec, gpu_gib[name])
         if settings.provider.startswith("tensorrt") and settings.plans is None and bundle.root == MINI_BUNDLE:
-            found.append(Finding(name, "the bundled model has no plans: `rushes export tensorrt` and `plans`"))
+            message = "the bundled model has no plans, so it stays on CUDA: `rushes export tensorrt` and `plans`"
+            found.append(Finding(name, message, certain=False))
     return found
 
 

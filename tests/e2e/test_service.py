@@ -288,7 +288,7 @@ def test_the_openai_sdk_creates_polls_and_downloads(
     assert (tmp_path / "sdk.mp4").read_bytes() == as_file(made_alone(tiny_bundle, ASKED), tmp_path / "alone.mp4")
     assert [model.id for model in sdk.models.list()] == ["tiny", "tiny-causal"]
     with pytest.raises(openai.BadRequestError) as refused:
-        sdk.videos.create(prompt="a ball", size="100x100")  # type: ignore[arg-type]
+        sdk.videos.create(prompt="a ball", size="100x100")  # type: ignore[arg-type]  # no size of the SDK
     assert refused.value.param == "size"
     with pytest.raises(openai.NotFoundError):
         sdk.videos.retrieve("video_" + "0" * 32)

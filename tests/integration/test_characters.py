@@ -152,7 +152,7 @@ async def test_a_model_without_an_encoder_says_so(tiny_bundle: Bundle, tmp_path:
             ("/edits", {"json": {"prompt": "a", "video": {"id": video_id}}}, "video"),
             (f"/{video_id}/remix", {"json": {"prompt": "a"}}, "video_id"),
         ):
-            response = await client.post(f"/v1/videos{path}", **asked)  # type: ignore[arg-type]
+            response = await client.post(f"/v1/videos{path}", **asked)  # type: ignore[arg-type]  # a mapping of several types
             assert_envelope(response, 400, param)
             assert response.json()["error"]["code"] == "unsupported_by_model"
         assert service.created() == 1

@@ -100,7 +100,7 @@ async def test_estimates_are_of_the_models_own_history_and_of_the_queue(database
     store, estimates = SqlVideoStore(database, clock=clock), Estimates(database, clock=clock)
 
     def video(model: str, **changes: object) -> Video:
-        return replace(Video(new_video_id(), model, "x", "1", "64x64", work=10.0), **changes)  # type: ignore[arg-type]
+        return replace(Video(new_video_id(), model, "x", "1", "64x64", work=10.0), **changes)  # type: ignore[arg-type]  # any field
 
     waiting = await store.create(video("slow"))
     assert await estimates.seconds_left(waiting) is None, "nothing is known"

@@ -112,7 +112,7 @@ def test_what_is_asked_of_the_gpu_providers(tmp_path: Path) -> None:
     assert context.name == f"denoiser-ort{onnxruntime.__version__}_ctx.onnx"
     (name, options), second = providers(TENSORRT, context)
     assert (name, second) == (TENSORRT, exact)
-    assert options["trt_ep_context_file_path"] == str(context)  # type: ignore[index]
+    assert options["trt_ep_context_file_path"] == str(context)  # type: ignore[index]  # not the plain name
     # The engine is there: it is loaded as it is.
     context.write_bytes(b"")
     assert providers(TENSORRT, context) == [(TENSORRT, {}), exact]
@@ -123,7 +123,7 @@ def test_nodes_that_a_provider_leaves_to_the_cpu_are_named(first: Path, monkeypa
     monkeypatch.setattr(onnx_runtime, "providers", lambda provider, context: [CPU])
     monkeypatch.setattr(onnx_runtime.ort, "get_available_providers", lambda: ["Imagined", CPU])
 
-    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # onnxruntime has no types
         def get_providers(self) -> list[str]:
             return ["Imagined", CPU]
 

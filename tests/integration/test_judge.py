@@ -37,7 +37,7 @@ def figures(pairs: Clips) -> dict[str, float]:
 
 
 def clip_of(attributes: Attributes, seed: int = 0, **changes: object) -> np.ndarray:
-    return render(make_scene(replace(attributes, **changes), np.random.default_rng(seed)))  # type: ignore[arg-type]
+    return render(make_scene(replace(attributes, **changes), np.random.default_rng(seed)))  # type: ignore[arg-type]  # any attribute
 
 
 def soft_and_noisy(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -46,8 +46,8 @@ def soft_and_noisy(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     kernel /= kernel.sum()
     values = np.pad(frames.astype(np.float32), ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
     height, width = frames.shape[1:3]
-    values = sum(k * values[:, i : i + height] for i, k in enumerate(kernel))  # type: ignore[assignment]
-    values = sum(k * values[:, :, i : i + width] for i, k in enumerate(kernel))  # type: ignore[assignment]
+    values = sum(k * values[:, i : i + height] for i, k in enumerate(kernel))  # type: ignore[assignment]  # sum begins with 0
+    values = sum(k * values[:, :, i : i + width] for i, k in enumerate(kernel))  # type: ignore[assignment]  # sum begins with 0
     values += rng.uniform(-8, 8, 3) * np.linspace(0, 1, len(values))[:, None, None, None]
     return np.clip(np.rint(values + rng.normal(0, 4, values.shape)), 0, 255).astype(np.uint8)
 

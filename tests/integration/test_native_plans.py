@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from fake_tensorrt import FakeCuda, FakeTensorRT, write_plan
+from service import until
 
 from export.profiles import profiles_of
 from models.bundle import SERVED_GRAPHS, Bundle
 from models.plans import PlanBasis, PlanInfo, gpu_name, graph_digest, store_plan
 from serving.engines import cuda as cuda_module
+from serving.engines import opening
 from serving.engines.engine import EngineError
+from serving.engines.onnx_runtime import CPU
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
@@ -56,14 +62,22 @@ def build(bundle: Bundle, cache: Path) -> None:
 
 
 async def video(bundle: Bundle, size: str, **options: object) -> list[Fragment]:
+    async with LocalPipeline.open(bundle, **options) as pipeline:  # type: ignore[arg-type]  # of several types
+        return await made_by(pipeline, bundle, size)
+
+
+async def made_by(
+    pipeline: LocalPipeline, bundle: Bundle, size: str, shown: Callable[[Fragment], Awaitable[None]] | None = None
+) -> list[Fragment]:
     fragments: list[Fragment] = []
 
     async def sink(fragment: Fragment) -> None:
         fragments.append(fragment)
+        if shown is not None:
+            await shown(fragment)
 
-    async with LocalPipeline.open(bundle, **options) as pipeline:  # type: ignore[arg-type]
-        spec = make_spec(bundle.manifest, "a red ball", seconds=2, seed=3, size=size, rewrite_prompt=False)
-        await pipeline.generate(spec, sink)
+    spec = make_spec(bundle.manifest, "a red ball", seconds=2, seed=3, size=size, rewrite_prompt=False)
+    await pipeline.generate(spec, sink)
     return fragments
 
 
@@ -94,11 +108,11 @@ async def test_a_causal_cache_stays_on_the_device(
         made.append(original(self, shape))
         return made[-1]
 
-    FakeCuda.zeros = zeros  # type: ignore[method-assign, assignment]
+    FakeCuda.zeros = zeros  # type: ignore[method-assign, assignment]  # to look on
     try:
         await video(tiny_causal_bundle, "64x64", provider="tensorrt", plans=tmp_path)
     finally:
-        FakeCuda.zeros = original  # type: ignore[method-assign]
+        FakeCuda.zeros = original  # type: ignore[method-assign]  # as it was
     (cache,) = made
     # Every call read it where it was made.
     addresses = {address for name, address in trt.called("set_tensor_address") if name == "cache"}
@@ -106,8 +120,54 @@ async def test_a_causal_cache_stays_on_the_device(
     assert bool(cache.any())
 
 
-async def test_without_a_plan_it_says_how_to_make_one(
-    trt: FakeTensorRT, tiny_causal_bundle: Bundle, tmp_path: Path
+@pytest.mark.parametrize("kind", ["", "causal_"])
+async def test_a_video_begun_without_plans_goes_on_with_them(
+    kind: str,
+    trt: FakeTensorRT,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(EngineError, match=r"no plan of the text_encoder for tensorrt 11.4.0 on Imagined GPU, sm90 in"):
+    """ONNX Runtime's CPU in the clothes of its CUDA."""
+    monkeypatch.setattr(opening, "_MEANWHILE", CPU)
+    monkeypatch.setattr(opening, "_LOOK_SECONDS", 0.01)
+    caplog.set_level(logging.INFO, "serving.engines")
+    bundle: Bundle = request.getfixturevalue(f"tiny_{kind}bundle")
+    later: list[asyncio.Task[list[Fragment]]] = []
+
+    async def plans_come(fragment: Fragment) -> None:
+        if fragment.index == 0:
+            assert trt.called("execute_async_v3") == []
+            await asyncio.to_thread(build, bundle, tmp_path)
+            moved = "runs its plans from now on"
+            await until(lambda: sum(moved in message for message in caplog.messages) == 3)
+            # Another one shares its calls.
+            later.append(asyncio.create_task(made_by(pipeline, bundle, "64x64")))
+
+    async with LocalPipeline.open(bundle, provider="tensorrt", plans=tmp_path) as pipeline:
+        said = [message for message in caplog.messages if "runs the graphs until there are plans" in message]
+        assert [message.split(" for ")[0] for message in said] == [
+            f"There is no plan of the {graph}" for graph in ("text_encoder", "denoiser", "decoder_first")
+        ]
+        first = await made_by(pipeline, bundle, "64x64", plans_come)
+        assert trt.called("execute_async_v3") != []
+        second = await later[0]
+    assert first == second == await video(bundle, "64x64")
+
+
+def test_a_broken_plan_is_said_at_once(trt: FakeTensorRT, tiny_causal_bundle: Bundle, tmp_path: Path) -> None:
+    build(tiny_causal_bundle, tmp_path)
+    for plan in tmp_path.glob("*.plan"):
+        plan.write_bytes(plan.read_bytes()[:-1])
+    with pytest.raises(EngineError, match=r"is not what its record says: delete it and build it again"):
+        LocalPipeline.open(tiny_causal_bundle, provider="tensorrt", plans=tmp_path)
+
+
+def test_without_a_plan_and_without_cuda_it_says_both(
+    trt: FakeTensorRT, tiny_causal_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_MEANWHILE", "ImaginaryExecutionProvider")
+    missing = r"no plan of the text_encoder for tensorrt 11.4.0 on Imagined GPU, sm90 in .*: make one with"
+    with pytest.raises(EngineError, match=rf"{missing} .* can Imaginary.* this onnxruntime has no ImaginaryExecution"):
         LocalPipeline.open(tiny_causal_bundle, provider="tensorrt", plans=tmp_path)

@@ -14,11 +14,15 @@ from typer.testing import CliRunner
 pytest.importorskip("onnx", reason="needs the export extra")
 pytest.importorskip("torch", reason="needs the export extra")
 
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
 from export import precision as precision_module
 from export.onnx import ExportError, leaks
 from export.precision import RECIPES, quantize
 from export.shapes import size_of
 from models.bundle import Bundle, Precision
+from models.wan import _quarter_turn
 from serving.cli import app
 from serving.config import MINI_BUNDLE
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
@@ -137,3 +141,18 @@ def test_symbolic_dimensions() -> None:
     with pytest.raises(ExportError, match="no sum of symbols"):
         size_of("rows/2", {"rows": 3})
     assert np.prod([size_of(dim, {"batch": 2}) for dim in ("batch", 3)]) == 6
+
+
+def test_the_turn_of_rope_is_no_weight() -> None:
+    """Heads of 64 make it as large as weights are."""
+    turn = _quarter_turn(torch.zeros(1, 64)).numpy()
+    weight = np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32)
+    matrices = {"first": weight, "turn": turn, "second": -weight, "last": 2 * weight}
+    names = list(matrices)
+    nodes = [
+        helper.make_node("MatMul", [f"x{n}", name], [f"x{n + 1}"], name=f"by {name}") for n, name in enumerate(names)
+    ]
+    tensors = [numpy_helper.from_array(matrix, name) for name, matrix in matrices.items()]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 64]) for name in ("x0", "x4")]
+    graph = helper.make_graph(nodes, "denoiser", ends[:1], ends[1:], tensors)
+    assert precision_module._weighted(helper.make_model(graph), ["MatMul"]) == ["by first", "by second"]

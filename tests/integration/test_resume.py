@@ -195,7 +195,7 @@ async def test_a_lost_denoiser_is_opened_again_where_it_was(bundle: Bundle, pipe
             name,
             spec,
             text_encoder=pipeline.text_encoder,
-            denoiser=denoiser,  # type: ignore[arg-type]
+            denoiser=denoiser,  # type: ignore[arg-type]  # all of one that is used
             decoder=pipeline.decoder,
             sink=sink,
             state_every=1,
@@ -229,9 +229,9 @@ async def test_a_denoiser_that_is_always_lost_is_an_error(
             "video",
             spec,
             text_encoder=pipeline.text_encoder,
-            denoiser=denoiser,  # type: ignore[arg-type]
+            denoiser=denoiser,  # type: ignore[arg-type]  # all of one that is used
             decoder=pipeline.decoder,
-            sink=None,  # type: ignore[arg-type]
+            sink=None,  # type: ignore[arg-type]  # nothing comes so far
         )
     assert denoiser.tries == 1 + generation.MAX_REOPENS
 
@@ -383,7 +383,7 @@ async def test_other_bytes_in_the_log_end_a_video_at_once(service: Service) -> N
     gate = threading.Event()
     first, following = decoders_of(service.pipeline)
     fragments = iter((0, 1))
-    held = Watched(following, lambda _: None if next(fragments, None) == 0 else gate.wait())  # type: ignore[func-returns-value]
+    held = Watched(following, lambda _: None if next(fragments, None) == 0 else gate.wait())  # type: ignore[func-returns-value]  # two calls in one
     service.pipeline.decoder._engines["full"] = (first, held)
     async with service.running() as client:
         video_id = (await client.post("/v1/videos", json=BODY)).json()["id"]
@@ -431,7 +431,7 @@ async def test_a_cancel_frees_the_rows_within_a_step(service: Service, bundle: B
             await until(lambda: calls[0] >= held_calls + 5)
             later = [line for line in denoiser.trace if line.event == "ran" and line.step > running.step]
             assert len(later) >= 4
-            assert {session[0] for line in later for session in line.sessions} == {goes_on}  # type: ignore[index]
+            assert {session[0] for line in later for session in line.sessions} == {goes_on}  # type: ignore[index]  # ids are of any type
             await client.post(f"/v1/videos/{goes_on}/cancel")
             await service.ended(goes_on)
             assert (denoiser.sessions, service.pipeline.decoder.sessions) == (0, 0)

@@ -65,8 +65,8 @@ def test_other_precisions_build(
     monkeypatch.setattr(
         "export.precision.LEAST_WEIGHT", 64
     )  # the tiny model's matrices are smaller than any real one's
-    made = quantize(tiny_bundle, tmp_path / "made", precision)  # type: ignore[arg-type]
-    changed = [name for name in RECIPES[precision].graphs if name in made.manifest.graphs]  # type: ignore[index]
+    made = quantize(tiny_bundle, tmp_path / "made", precision)  # type: ignore[arg-type]  # a precision, as text
+    changed = [name for name in RECIPES[precision].graphs if name in made.manifest.graphs]  # type: ignore[index]  # likewise
     assert len(export_plans(made, target, tmp_path / "plans", graphs=changed, any_size=False)) == len(changed)
 
 

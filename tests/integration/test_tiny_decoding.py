@@ -53,7 +53,7 @@ def test_its_graphs_are_proven(tiny_causal_bundle: Bundle, tiny_causal_checkpoin
         assert len(graph.verified_shapes) >= 4
         assert max(error for output, error in graph.parity.items() if output != "frames") <= TOLERANCE
         # Whoever can call the one can call the other.
-        tensors = manifest.graphs[full]  # type: ignore[index]
+        tensors = manifest.graphs[full]  # type: ignore[index]  # a name, as text
         assert graph.inputs[0] == tensors.inputs[0]
         assert graph.outputs[0] == tensors.outputs[0]
 

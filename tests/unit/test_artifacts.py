@@ -80,7 +80,7 @@ async def test_a_removed_video_is_gone_and_others_are_not(artifacts: Artifacts) 
 
 def test_a_file_that_could_not_be_put_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails at the last moment, for good."""
-    monkeypatch.setattr(Artifacts._put.retry, "stop", lambda state: True)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Artifacts._put.retry, "stop", lambda state: True)  # type: ignore[attr-defined]  # tenacity adds it
     artifacts = Artifacts(tmp_path)
     (tmp_path / "files").write_text("a file where the directory should be")
     with pytest.raises(OSError, match="files"):

@@ -40,7 +40,7 @@ def same(one: Checkpoint, other: Checkpoint) -> bool:
     chunks = len(one.chunks) == len(other.chunks)
     chunks = chunks and all(np.array_equal(a, b) for a, b in zip(one.chunks, other.chunks, strict=True))
     states = (one.state is None) == (other.state is None)
-    states = states and (one.state is None or np.array_equal(one.state, other.state))  # type: ignore[arg-type]
+    states = states and (one.state is None or np.array_equal(one.state, other.state))  # type: ignore[arg-type]  # or both None
     return chunks and states and (one.whole, one.step) == (other.whole, other.step)
 
 

@@ -69,6 +69,21 @@ def test_bundled_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert bundled("mini") == Path("mini")
 
 
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"decoder": {"autoscaling": {"max_replicas": 2}}}, "decoder.autoscaling.max_replicas"),
+        ({"runner": {"replicas": 2}}, "runner.replicas"),
+        ({"api": {"replicas": 3}}, "api.replicas"),
+        ({"retiring": {"mini": "/bundles/old"}}, "retiring"),
+    ],
+)
+def test_a_fused_service_has_one_of_everything(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_config({"fused": True, **values})
+    parse_config(values)
+
+
 def test_the_defaults_fit_on_two_cores() -> None:
     assert ServiceConfig().cores() <= 2
 

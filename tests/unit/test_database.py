@@ -74,8 +74,8 @@ async def test_no_question_of_a_request_or_a_claim_scans_or_sorts(database_url: 
     await store.request_cancel(held[0].id)
     for owner in (None, "key_3"):
         for order in ("asc", "desc"):
-            await store.list(owner=owner, order=order, after=rows[1500].id)  # type: ignore[arg-type]
-            await store.list(owner=owner, order=order)  # type: ignore[arg-type]
+            await store.list(owner=owner, order=order, after=rows[1500].id)  # type: ignore[arg-type]  # an order, as text
+            await store.list(owner=owner, order=order)  # type: ignore[arg-type]  # an order, as text
     video = await store.claim("runner", 30)
     assert video is not None
     await store.set_progress(video.id, video.fence, 5)

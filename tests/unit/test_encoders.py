@@ -20,7 +20,7 @@ def frames(side: int) -> np.ndarray:
 
 @pytest.mark.parametrize("wanted", ["auto", "nvenc"])
 def test_hardware_that_opens_is_used_for_pictures_that_it_takes(wanted: str) -> None:
-    chosen = encoders(wanted, {"h264": OTHER})  # type: ignore[arg-type]
+    chosen = encoders(wanted, {"h264": OTHER})  # type: ignore[arg-type]  # a name, as text
     assert chosen == {**SOFTWARE, "h264": OTHER}
     for side, same in ((64, True), (160, False)):
         made, software = (

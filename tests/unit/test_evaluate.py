@@ -42,7 +42,7 @@ def mp4(frames: np.ndarray) -> bytes:
 
 
 def ask(attributes: Attributes, group: str = "one", seed: int = 0) -> Ask:
-    return Ask(group, attributes, canonical(attributes), seed)  # type: ignore[arg-type]
+    return Ask(group, attributes, canonical(attributes), seed)  # type: ignore[arg-type]  # a group, as text
 
 
 def test_prompts_are_held_out_distinct_and_always_the_same() -> None:

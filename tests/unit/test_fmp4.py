@@ -210,7 +210,7 @@ def test_remux_is_deterministic_and_leaves_nothing_half_written(encoded: list[En
         raise OSError("the disk went away")
 
     with pytest.raises(OSError, match="went away"):
-        remux_to_mp4(encoded[0].init, broken(), tmp_path / "broken.mp4")  # type: ignore[arg-type]
+        remux_to_mp4(encoded[0].init, broken(), tmp_path / "broken.mp4")  # type: ignore[arg-type]  # never yields
     assert list(tmp_path.iterdir()) == []
     for name in ("one.mp4", "two.mp4"):
         remux_to_mp4(encoded[0].init, [fragment.data for fragment in encoded], tmp_path / name)

@@ -39,7 +39,7 @@ def test_every_playlist_keeps_the_rules(count: int, ended: bool) -> None:
     lines = text.splitlines()
     assert lines[0] == "#EXTM3U"
     assert text.endswith("\n")
-    target = int(re.search(r"^#EXT-X-TARGETDURATION:(\d+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+    target = int(re.search(r"^#EXT-X-TARGETDURATION:(\d+)$", text, re.MULTILINE)[1])  # type: ignore[index]  # it is there
     # 4.4.3.1: rounded to the nearest integer, no segment is longer.
     assert all(round(seconds) <= target for seconds in durations(text))
     for tag in ("#EXT-X-VERSION", "#EXT-X-TARGETDURATION", "#EXT-X-MAP", "#EXT-X-PLAYLIST-TYPE"):
@@ -56,7 +56,7 @@ def test_every_playlist_keeps_the_rules(count: int, ended: bool) -> None:
         assert sum(durations(text)) == pytest.approx(sum(FRAMES[:count]) / FPS, abs=1e-4)
         return
     assert "#EXT-X-PLAYLIST-TYPE:EVENT" in lines
-    part_target = float(re.search(r"^#EXT-X-PART-INF:PART-TARGET=([\d.]+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+    part_target = float(re.search(r"^#EXT-X-PART-INF:PART-TARGET=([\d.]+)$", text, re.MULTILINE)[1])  # type: ignore[index]  # it is there
     parts = re.findall(r'^#EXT-X-PART:DURATION=([\d.]+),URI="parts/(\d+).m4s",INDEPENDENT=YES$', text, re.MULTILINE)
     assert [int(index) for _, index in parts] == list(range(count))
     # 4.4.4.9: no part is longer than the part target.
@@ -64,8 +64,8 @@ def test_every_playlist_keeps_the_rules(count: int, ended: bool) -> None:
     control = next(line for line in lines if line.startswith("#EXT-X-SERVER-CONTROL:"))
     assert "CAN-BLOCK-RELOAD=YES" in control
     # 4.4.3.8: at least twice (and better three times) the part target; three times the target duration.
-    assert float(re.search(r"PART-HOLD-BACK=([\d.]+)", control)[1]) >= 3 * part_target - 1e-6  # type: ignore[index]
-    assert float(re.search(r",HOLD-BACK=([\d.]+)", control)[1]) >= 3 * target  # type: ignore[index]
+    assert float(re.search(r"PART-HOLD-BACK=([\d.]+)", control)[1]) >= 3 * part_target - 1e-6  # type: ignore[index]  # it is there
+    assert float(re.search(r",HOLD-BACK=([\d.]+)", control)[1]) >= 3 * target  # type: ignore[index]  # it is there
     assert lines[-1] == f'#EXT-X-PRELOAD-HINT:TYPE=PART,URI="parts/{count}.m4s"'
 
 

@@ -18,6 +18,7 @@ from serving.metrics import (
     WEBHOOKS,
     Metric,
     exported_names,
+    labelled,
     send_to,
 )
 from serving.pipeline.pace import Pace
@@ -73,6 +74,19 @@ def test_nothing_is_kept_of_a_process_that_exports_nothing(recorded: Recorded) -
     send_to(None)
     STAGE_CALL.observe(1.0)
     assert not recorded.values
+
+
+def test_a_stage_that_shares_its_process_says_which_it_is(recorded: Recorded) -> None:
+    with labelled(model="mini", stage="decoder"):
+        decoder = Pace()
+    with labelled(model="mini", stage="denoiser"):
+        denoiser = Pace()
+    decoder.took(1, 0.5)
+    denoiser.took(1, 0.25)
+    assert recorded.of(STAGE_CALL) == [
+        (0.5, {"model": "mini", "stage": "decoder"}),
+        (0.25, {"model": "mini", "stage": "denoiser"}),
+    ]
 
 
 def test_what_goes_wrong_is_timed_too(recorded: Recorded) -> None:

@@ -51,7 +51,7 @@ def test_every_call_is_of_one_shape_and_within_the_limits(drawn: list[Entry]) ->
     for e in drawn:
         scheduler.add(e)
     for call in drain(scheduler):
-        rows = [drawn[id] for id in call]  # type: ignore[call-overload]
+        rows = [drawn[id] for id in call]  # type: ignore[call-overload]  # ids are numbers here
         assert len(set(call)) == len(call)
         assert len({e.shape for e in rows}) == 1
         assert sum(e.rows for e in rows) <= LIMITS.max_rows

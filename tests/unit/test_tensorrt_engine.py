@@ -41,11 +41,11 @@ def decoders(
     memory = SharedMemory()
     engines = []
     for name, size in (("decoder_first", 100), ("decoder_next", 300)):
-        graph = BUNDLE.manifest.graphs[name]  # type: ignore[index]
+        graph = BUNDLE.manifest.graphs[name]  # type: ignore[index]  # a name, as text
         side = Extent(2, 4, 8)
         extents = {"batch": Extent.fixed(1), "frames": Extent(1, 2, 3), "height": side, "width": side}
         profile = profile_of(graph, extents)
-        plan = write_plan(folder / f"{name}.plan", BUNDLE.path_of(name), [profile], memory=size, **said)  # type: ignore[arg-type]
+        plan = write_plan(folder / f"{name}.plan", BUNDLE.path_of(name), [profile], memory=size, **said)  # type: ignore[arg-type]  # as above
         outputs = [output.name for output in graph.outputs if output.name != "pixels"]
         kept = [output for output in outputs if "cache" in output]
         engines.append(TensorRTEngine(plan, trt, cuda, outputs=outputs, kept=kept, memory=memory))
@@ -73,7 +73,7 @@ def test_chunks_are_decoded_without_their_state_leaving_the_device(
     first, following, _ = decoders(tmp_path, trt, cuda)
     expected = [
         OnnxRuntimeEngine(BUNDLE.path_of(name), outputs=engine.outputs)
-        for name, engine in (("decoder_first", first), ("decoder_next", following))  # type: ignore[arg-type]
+        for name, engine in (("decoder_first", first), ("decoder_next", following))  # type: ignore[arg-type]  # as above
     ]
     latents = RNG.standard_normal((1, CHANNELS, 7, 4, 4)).astype(np.float32)
     states: list[dict[str, Any]] = [{}, {}]

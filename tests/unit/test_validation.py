@@ -290,9 +290,29 @@ def test_replicas_are_packed() -> None:
     assert "stage=denoiser" in finding.message
 
 
+def test_an_upgrade_in_place_needs_room_beside_what_is_there(tmp_path: Path) -> None:
+    api = Demand("api", 1, 0, {}, least=2, most=2, surge=2)
+    stage = Demand("denoiser", 2, 1, {}, least=1, most=1)
+    gpu = NodeGroup("gpu", 2, 1, 1)
+    (finding,) = check_placement([api, stage], [gpu, NodeGroup("front", 3, 0, 1)])
+    assert (finding.where, finding.certain) == ("api", False)
+    assert "no room for an upgrade in place" in finding.message
+    assert check_placement([api, stage], [gpu, NodeGroup("front", 4, 0, 1)]) == []
+    retiring = Demand("denoiser-retiring", 2, 1, {}, least=0, most=1, surge=1)
+    found = check_placement([stage, retiring], [gpu])
+    assert [(finding.where, finding.certain) for finding in found] == [("denoiser-retiring", False)] * 2
+    (finding,) = checked(tmp_path, ray_service(api={"num_cpus": 1.5}))
+    assert "upgrade in place" in finding.message
+
+
 def test_every_deployment_is_placed() -> None:
     names = [demand.name for demand in demands_of(ServiceConfig())]
     assert names == ["mini-text-encoder", "mini-denoiser", "mini-decoder", "runner", "api"]
+    both = demands_of(ServiceConfig(retiring={"mini": Path("before")}))
+    assert {demand.name for demand in both if demand.surge} == {
+        *("mini-retiring-text-encoder", "mini-retiring-denoiser", "mini-retiring-decoder"),
+        *("runner", "api"),
+    }
 
 
 @pytest.mark.parametrize(("text", "value"), [("500m", 0.5), ("2", 2), ("8Gi", 8 * 2**30), ("1.5k", 1500), ("x", 0)])

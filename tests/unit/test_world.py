@@ -31,7 +31,7 @@ BALL = Attributes("ball", "red", "large", "still", "grey", "noon")
 
 
 def scene(seed: int = 0, frames: int = FRAMES, **changes: str) -> Scene:
-    return make_scene(replace(BALL, **changes), np.random.default_rng(seed), frames)  # type: ignore[arg-type]
+    return make_scene(replace(BALL, **changes), np.random.default_rng(seed), frames)  # type: ignore[arg-type]  # any attribute
 
 
 def seen_path(scene: Scene) -> np.ndarray:
