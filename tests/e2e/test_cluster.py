@@ -22,7 +22,7 @@ from serving.deployments.local import free_port
 # As production's values call theirs.
 MODEL = "wan"
 GPUS = {"text_encoder": 1, "denoiser": 3, "decoder": 2}
-VIDEOS = int(os.environ.get("RUSHES_CLUSTER_VIDEOS", "8"))
+VIDEOS = int(os.environ.get("RUSHES_CLUSTER_VIDEOS", "5"))
 # Read by Ray's processes when they start. Metrics come sooner, and a busy machine isn't taken for a dead one.
 ENVIRONMENT = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

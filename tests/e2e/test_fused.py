@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
+from pipelines import opened_pipeline
 
 from models.bundle import Bundle
 from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.local import LocalService, free_port, local_service
 from serving.jobs.store import SqlVideoStore, VideoStatus
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 
@@ -53,7 +53,7 @@ def made_alone(bundle: Bundle, asked: dict[str, Any]) -> bytes:
             made.append(fragment)
 
         settings = dict(asked)
-        async with LocalPipeline.open(bundle) as pipeline:
+        async with opened_pipeline(bundle) as pipeline:
             await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
         return made
 

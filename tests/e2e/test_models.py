@@ -8,20 +8,21 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from pipelines import opened_pipeline
+from repeated import Repeated
 
 from models.bundle import MANIFEST, Bundle, BundleError, sha256_of
 from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.fleet import FleetError
 from serving.deployments.local import LocalService, free_port, local_service
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 
@@ -47,40 +48,11 @@ def made_alone(bundle: Bundle, asked: dict[str, Any]) -> bytes:
             made.append(fragment)
 
         settings = dict(asked)
-        async with LocalPipeline.open(bundle) as pipeline:
+        async with opened_pipeline(bundle) as pipeline:
             await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
         return made[0].init + b"".join(fragment.data for fragment in made)
 
     return asyncio.run(make())
-
-
-@dataclass
-class Watcher:
-    """Asks for the models' list all the time, and keeps what wasn't an answer."""
-
-    url: str
-    bad: list[object] = field(default_factory=list)
-    answers: int = 0
-
-    def __enter__(self) -> Watcher:
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._end.wait(0.05):
-            try:
-                response = httpx.get(f"{self.url}/v1/models", timeout=60)
-                self.answers += 1
-                if not response.is_success:
-                    self.bad.append(response.text)
-            except httpx.HTTPError as error:
-                self.bad.append(error)
 
 
 @dataclass(frozen=True)
@@ -121,6 +93,36 @@ def running(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
         yield Running(service, config)
 
 
+def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(
+    running: Running, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    now = running.service.fleet.change
+    names, served = running.names(), dict(running.service.fleet.served)
+    flipped = changed(tiny_bundle, tmp_path / "flipped")
+    data = bytearray((flipped / "denoiser.weights").read_bytes())
+    data[1000] ^= 1
+    (flipped / "denoiser.weights").write_bytes(data)
+    with pytest.raises(BundleError, match=r"another sha256 .* copy or export it again"):
+        running.change(**served | {"rolled": flipped})
+    # Its hashes are right, but it is no graph: the new replica finds that, before any request does. The next test rolls
+    # the same model again.
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_bundle.root, broken)
+    (broken / "denoiser.onnx").write_bytes(b"no graph")
+    path = changed(Bundle.load(broken), tmp_path / "unloadable")
+    with pytest.raises(FleetError, match=r"rolled can't be started, so nothing was changed: .*denoiser.onnx"):
+        running.change(**served | {"rolled": path})
+    many = {f"model-{index}": tiny_bundle.root for index in range(20)}
+    with pytest.raises(FleetError, match=r"new replicas need 18 CPU beside those that run, and .* are free"):
+        running.change(**served | many)
+    with pytest.raises(ConfigError, match=r"port can't be changed in a running service"):
+        now(running.config.model_copy(update={"port": 1}))
+    assert running.names() == names
+    assert running.service.fleet.served == served
+    assert running.stream(**ASKED, model="kept") == made_alone(tiny_bundle, ASKED)
+    assert running.stream(**ASKED, model="rolled") == made_alone(Bundle.load(served["rolled"]), ASKED)
+
+
 @pytest.mark.slow
 def test_models_come_go_and_change_under_running_videos(
     running: Running, tiny_bundle: Bundle, tiny_causal_bundle: Bundle, tmp_path: Path
@@ -137,12 +139,13 @@ def test_models_come_go_and_change_under_running_videos(
     denoiser = running.service.fleet.stage("rolled", "denoiser")
     while not denoiser.sessions.remote().result():
         assert watching.is_alive()
-    with Watcher(running.service.url) as watcher:
+    models = f"{running.service.url}/v1/models"
+    with Repeated(lambda: httpx.get(models, timeout=60).raise_for_status()) as asked_for_models:
         said = running.change(kept=tiny_bundle.root, rolled=new, added=tiny_causal_bundle.root)
     watching.join()
     assert said == ["rolled rolled", "loaded added"]
-    assert watcher.answers > 0
-    assert watcher.bad == []
+    assert asked_for_models.results
+    assert asked_for_models.errors == []
     asked = {key: value for key, value in long.items() if key != "model"}
     assert streamed == [made_alone(tiny_bundle, asked)]
     assert running.names() == ["kept", "rolled", "added"]
@@ -180,33 +183,3 @@ def test_models_come_go_and_change_under_running_videos(
     refused = httpx.post(f"{running.service.url}/v1/videos", json=ASKED | {"model": "added"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")
     assert running.change(**kept) == []
-
-
-def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(
-    running: Running, tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    now = running.service.fleet.change
-    names, served = running.names(), dict(running.service.fleet.served)
-    flipped = changed(tiny_bundle, tmp_path / "flipped")
-    data = bytearray((flipped / "denoiser.weights").read_bytes())
-    data[1000] ^= 1
-    (flipped / "denoiser.weights").write_bytes(data)
-    with pytest.raises(BundleError, match=r"another sha256 .* copy or export it again"):
-        running.change(**served | {"rolled": flipped})
-    # Its hashes are right, but it is no graph: the new replica finds that, before any request does.
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_bundle.root, broken)
-    (broken / "denoiser.onnx").write_bytes(b"no graph")
-    for name in ("once", "twice"):
-        path = changed(Bundle.load(broken), tmp_path / name)
-        with pytest.raises(FleetError, match=r"rolled can't be started, so nothing was changed: .*denoiser.onnx"):
-            running.change(**served | {"rolled": path})
-    many = {f"model-{index}": tiny_bundle.root for index in range(20)}
-    with pytest.raises(FleetError, match=r"new replicas need 18 CPU beside those that run, and .* are free"):
-        running.change(**served | many)
-    with pytest.raises(ConfigError, match=r"port can't be changed in a running service"):
-        now(running.config.model_copy(update={"port": 1}))
-    assert running.names() == names
-    assert running.service.fleet.served == served
-    assert running.stream(**ASKED, model="kept") == made_alone(tiny_bundle, ASKED)
-    assert running.stream(**ASKED, model="rolled") == made_alone(Bundle.load(served["rolled"]), ASKED)

@@ -7,18 +7,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pods import Pods, running_pods
+from repeated import Repeated
 
 from k8s import render
 from models.bundle import MANIFEST
@@ -68,35 +68,6 @@ class Running:
             ):
                 return
             time.sleep(0.2)
-
-
-@dataclass
-class Repeated:
-    """Something that is done again and again in a thread, and what came of it."""
-
-    work: Callable[[], Any]
-    results: list[Any] = field(default_factory=list)
-    errors: list[Exception] = field(default_factory=list)
-    longest_seconds: float = 0.0
-
-    def __enter__(self) -> Repeated:
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._repeat)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _repeat(self) -> None:
-        while not self._end.is_set():
-            began = time.monotonic()
-            try:
-                self.results.append(self.work())
-            except Exception as error:
-                self.errors.append(error)
-            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
 
 
 @pytest.fixture(scope="module")

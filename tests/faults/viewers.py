@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from supervised import SupervisedService
 
 from serving.client import Rushes
 
-# A decoder, a denoiser, a runner, and the replica that the viewer is connected to.
-VICTIMS = ("decoder", "denoiser", "runner", "api")
+# In one video: a decoder and a denoiser; in another: a runner, and the replica that the viewer is connected to. Each
+# after so many fragments.
+DEATHS: Sequence[Mapping[int, str]] = ({2: "decoder", 5: "denoiser"}, {2: "runner", 5: "api"})
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Seen:
     frames: int
 
 
-def watched(service: SupervisedService, body: dict[str, Any], victim: str | None = None) -> Seen:
-    """All of a new video, whose stream goes through the death of `victim` after its second fragment."""
+def watched(service: SupervisedService, body: dict[str, Any], deaths: Mapping[int, str]) -> Seen:
+    """All of a new video, whose stream goes through the deaths of processes after so many of its fragments."""
     indexes, data, frames = [], [], 0
     with Rushes(service.url) as rushes:
         video = rushes.create(**body)
@@ -32,7 +33,7 @@ def watched(service: SupervisedService, body: dict[str, Any], victim: str | None
             indexes.append(chunk.index)
             data.append(chunk.data)
             frames += len(chunk.frames())
-            if victim is not None and len(indexes) == 2:
+            if victim := deaths.get(len(indexes)):
                 assert service.kill(victim), victim
     return Seen(indexes, data, frames)
 

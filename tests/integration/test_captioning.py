@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from pipelines import opened_pipeline
 from tiny import CAPTIONED, CHANNELS
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from serving.media.frames import read_frames
 from serving.pipeline.captioning import EngineCaptioner, in_common
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.generation import generate
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import InvalidRequest, make_spec
 from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec
 
@@ -84,7 +84,7 @@ class Counting:
 
 async def test_the_best_of_several_alone_is_decoded(tiny_bundle: Bundle) -> None:
     asked = {"seconds": 1, "num_inference_steps": 2, "guidance_scale": 1, "rewrite_prompt": False}
-    async with LocalPipeline.open(tiny_bundle) as pipeline:
+    async with opened_pipeline(tiny_bundle) as pipeline:
         assert pipeline.captioner is not None
         # Both captions, so that not every best is the first of its seeds.
         for prompt in CAPTIONED.values():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipelines import opened_pipeline
 from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM
 from watched import Watched
 
@@ -46,7 +47,7 @@ def engine(tiny_causal_bundle: Bundle) -> OnnxRuntimeEngine:
 
 @pytest.fixture
 async def pipeline(tiny_causal_bundle: Bundle) -> AsyncGenerator[LocalPipeline, None]:
-    async with LocalPipeline.open(tiny_causal_bundle) as opened:
+    async with opened_pipeline(tiny_causal_bundle) as opened:
         yield opened
 
 
@@ -245,7 +246,7 @@ async def test_the_first_fragment_is_out_before_the_last_chunk_is_denoised(
         first_is_out.set()
 
     denoiser = EngineDenoiser(Watched(engine, wait), tiny_causal_bundle.manifest)
-    async with LocalPipeline.open(tiny_causal_bundle) as opened:
+    async with opened_pipeline(tiny_causal_bundle) as opened:
         watched = LocalPipeline(tiny_causal_bundle, opened.text_encoder, denoiser, opened.decoder)
         await watched.generate(spec(seconds=4), sink)
     await denoiser.stop()

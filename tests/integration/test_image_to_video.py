@@ -11,11 +11,11 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from pipelines import opened_pipeline
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from export.proof import LEAST_PSNR, compare
 from models.bundle import Bundle
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.sessions import _Noise
 from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk
@@ -66,7 +66,7 @@ async def test_a_picture_is_where_the_video_begins(tiny_bundle: Bundle, tiny_che
         rewrite_prompt=False,
     )
     spec = replace(spec, source="picture", source_frames=1)
-    async with LocalPipeline.open(tiny_bundle) as pipeline:
+    async with opened_pipeline(tiny_bundle) as pipeline:
         assert pipeline.encoder is not None
         given = await pipeline.encoder.encode_frames(picture[None])
         texts = [await pipeline.text_encoder.encode(prompt) for prompt in ("a red ball", "")]
@@ -90,6 +90,6 @@ async def test_a_picture_is_where_the_video_begins(tiny_bundle: Bundle, tiny_che
     assert min(compare(frames(made), frames(expected))) >= LEAST_PSNR
     # Another picture makes another video, all through.
     other = replace(request, source=EncodedSource(np.flip(given, axis=2).copy()))
-    async with LocalPipeline.open(tiny_bundle) as pipeline, aclosing(pipeline.denoiser.denoise(other)) as events:
+    async with opened_pipeline(tiny_bundle) as pipeline, aclosing(pipeline.denoiser.denoise(other)) as events:
         flipped = [event.latents async for event in events if isinstance(event, LatentChunk)]
     assert np.abs(np.concatenate(flipped, axis=1) - made)[:, -1].max() > 1e-2

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from pipelines import opened_pipeline
 from watched import Watched
 
 from models.bundle import Bundle
@@ -38,7 +39,7 @@ PROMPT = "a red ball bouncing on a sand floor at sunset"
 
 @pytest.fixture
 async def pipeline(tiny_bundle: Bundle) -> AsyncGenerator[LocalPipeline, None]:
-    async with LocalPipeline.open(tiny_bundle) as opened:
+    async with opened_pipeline(tiny_bundle) as opened:
         yield opened
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines import opened_pipeline
 from service import WholeService, until
 from watched import Watched
 
@@ -68,7 +69,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 
 @pytest.fixture
 async def pipeline(bundle: Bundle) -> AsyncIterator[LocalPipeline]:
-    async with LocalPipeline.open(bundle) as opened:
+    async with opened_pipeline(bundle) as opened:
         yield opened
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines import opened_pipeline
 from test_runner import BrokenDenoiser
 from tiny import REWRITTEN
 
@@ -23,7 +24,6 @@ from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.jobs.artifacts import Artifacts
 from serving.jobs.database import Database
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus, new_video_id
-from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.rewriting import OnnxRewriter
 
@@ -178,7 +178,7 @@ async def test_a_retry_renders_the_prompt_of_the_first_attempt(tiny_bundle: Bund
     spec = make_spec(tiny_bundle.manifest, "a ball", seconds=1, seed=7, num_inference_steps=1, rewrite_prompt=True)
     await store.create(Video(new_video_id(), "tiny", spec.prompt, "1", "128x128", asdict(spec)))
     fickle = Fickle()
-    async with LocalPipeline.open(tiny_bundle) as pipeline:
+    async with opened_pipeline(tiny_bundle) as pipeline:
         for denoiser in (BrokenDenoiser(), pipeline.denoiser):
             video = await store.claim("runner", 30)
             assert video is not None
@@ -204,7 +204,7 @@ async def test_what_is_rendered_is_the_revised_prompt(tiny_bundle: Bundle) -> No
         await pipeline.generate(make_spec(tiny_bundle.manifest, prompt, **asked), sink)
         return made
 
-    async with LocalPipeline.open(tiny_bundle) as pipeline:
+    async with opened_pipeline(tiny_bundle) as pipeline:
         rewritten = await frames(loose, rewrite=True)
         assert rewritten == await frames(REWRITTEN[loose][1], rewrite=False)
         assert rewritten != await frames(loose, rewrite=False)

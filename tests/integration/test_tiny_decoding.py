@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from pipelines import opened_pipeline
 from service import Service, served
 
 from export.onnx import ExportError
@@ -25,7 +26,7 @@ from serving.pipeline.stages import Fragment, LatentChunk, LostSession, VideoSpe
 
 @pytest.fixture
 async def pipeline(tiny_causal_bundle: Bundle) -> AsyncGenerator[LocalPipeline, None]:
-    async with LocalPipeline.open(tiny_causal_bundle) as opened:
+    async with opened_pipeline(tiny_causal_bundle) as opened:
         yield opened
 
 

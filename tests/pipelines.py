@@ -1,0 +1,56 @@
+"""Pipelines over engines that a process opens once: opening a bundle's takes longer than making most tests' videos."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from models.bundle import Bundle, GraphName
+from serving.engines.engine import Engine
+from serving.engines.opening import Opener
+from serving.pipeline.captioning import EngineCaptioner
+from serving.pipeline.decoding import EngineDecoder
+from serving.pipeline.denoising import EngineDenoiser
+from serving.pipeline.encoding import EngineEncoder
+from serving.pipeline.local import LocalPipeline
+from serving.pipeline.rewriting import OnnxRewriter
+from serving.pipeline.text import EngineTextEncoder
+
+
+@cache
+def _engine(root: Path, digest: str, graph: GraphName) -> Engine:
+    return Opener(Bundle.load(root, digest)).open(graph)[0]
+
+
+def opened_pipeline(bundle: Bundle) -> LocalPipeline:
+    """As `LocalPipeline.open`: stages of its own, which end with it, over engines that aren't. They keep nothing, and
+    ONNX Runtime lets several threads run one."""
+
+    def engines(*graphs: GraphName) -> list[Engine]:
+        return [_engine(bundle.root, bundle.digest, graph) for graph in graphs]
+
+    manifest = bundle.manifest
+    (text,) = engines("text_encoder")
+    denoiser, *second = engines("denoiser", *(["denoiser_2"] if manifest.experts else []))
+    first, following = engines("decoder_first", "decoder_next")
+    tiny = engines("tiny_decoder_first", "tiny_decoder_next") if manifest.tiny_decoder else None
+    rewriter = captioner = encoder = None
+    if manifest.rewriter is not None:
+        words = engines("rewriter_encoder", "rewriter_decoder")
+        rewriter = OnnxRewriter(words[0], words[1], manifest.rewriter, manifest.limits.max_prompt_characters)
+    if manifest.captioner is not None:
+        words = engines("captioner_encoder", "captioner_decoder")
+        captioner = EngineCaptioner(words[0], words[1], manifest.captioner)
+    if manifest.encodes:
+        frames = engines("encoder_first", "encoder_next")
+        image = engines("image_encoder")[0] if manifest.image is not None else None
+        encoder = EngineEncoder(frames[0], frames[1], manifest, image)
+    return LocalPipeline(
+        bundle,
+        EngineTextEncoder(text, bundle.tokenizer, manifest.text),
+        EngineDenoiser(denoiser, manifest, second=second[0] if second else None),
+        EngineDecoder((first, following), manifest, tiny=(tiny[0], tiny[1]) if tiny else None),
+        rewriter,
+        captioner,
+        encoder,
+    )
