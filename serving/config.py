@@ -164,7 +164,10 @@ class RunnerConfig(_Strict):
         default={},
         description="Labels that a Ray node must have for a replica to be there, such as `rushes.dev/stage: front`.",
     )
-    max_videos: PositiveInt = Field(default=16, description="Videos one runner works on at a time.")
+    max_videos: PositiveInt = Field(
+        default=16,
+        description="Videos one runner works on at a time; a batch's have two thirds of these places at most.",
+    )
     poll_seconds: PositiveFloat = Field(
         default=0.5, description="How often a runner looks for queued videos when nobody has told it of one."
     )

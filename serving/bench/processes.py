@@ -80,7 +80,7 @@ def settings_of(config: ServiceConfig) -> dict[str, object]:
 
 def _answers(url: str) -> bool:
     with suppress(httpx.TransportError):
-        return httpx.get(url, trust_env=False, timeout=5).status_code < 500
+        return httpx.get(url, trust_env=False, timeout=5).is_success
     return False
 
 

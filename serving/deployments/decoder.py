@@ -41,19 +41,31 @@ class DecoderDeployment:
         return stats_of(self._stage.state)
 
     async def decode(
-        self, video_id: str, spec: VideoSpec, chunk: LatentChunk, bundle: str, trace: Carrier = NOWHERE
+        self,
+        video_id: str,
+        spec: VideoSpec,
+        chunk: LatentChunk,
+        bundle: str,
+        trace: Carrier = NOWHERE,
+        interactive: bool = True,
     ) -> Fragment:
         """`bundle`, here and below, is the digest of the one that is meant. Raises `OtherBundle`."""
         same_bundle(self._digest, bundle)
         with about(video_id=video_id), span("decode", trace, chunk=chunk.index):
-            return await self._stage.decode(video_id, spec, chunk)
+            return await self._stage.decode(video_id, spec, chunk, interactive=interactive)
 
     async def replay(
-        self, video_id: str, spec: VideoSpec, chunk: LatentChunk, bundle: str, trace: Carrier = NOWHERE
+        self,
+        video_id: str,
+        spec: VideoSpec,
+        chunk: LatentChunk,
+        bundle: str,
+        trace: Carrier = NOWHERE,
+        interactive: bool = True,
     ) -> None:
         same_bundle(self._digest, bundle)
         with about(video_id=video_id), span("replay", trace, chunk=chunk.index):
-            await self._stage.replay(video_id, spec, chunk)
+            await self._stage.replay(video_id, spec, chunk, interactive=interactive)
 
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)

@@ -150,13 +150,13 @@ class _TracedDecoder:
     def __init__(self, stage: EngineDecoder) -> None:
         self._stage = stage
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
         with span("decode", carrier(), chunk=chunk.index):
-            return await self._stage.decode(video_id, spec, chunk)
+            return await self._stage.decode(video_id, spec, chunk, interactive=interactive)
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> None:
         with span("replay", carrier(), chunk=chunk.index):
-            await self._stage.replay(video_id, spec, chunk)
+            await self._stage.replay(video_id, spec, chunk, interactive=interactive)
 
     async def close(self, video_id: str) -> None:
         await self._stage.close(video_id)

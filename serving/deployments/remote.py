@@ -118,12 +118,12 @@ class RemoteDecoder:
     def __init__(self, handle: Any, bundle: str) -> None:
         self._handle, self._bundle = handle, bundle
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        fragment: Fragment = await self._asked("decode", video_id, spec, chunk)
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
+        fragment: Fragment = await self._asked("decode", video_id, spec, chunk, interactive)
         return fragment
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
-        await self._asked("replay", video_id, spec, chunk)
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> None:
+        await self._asked("replay", video_id, spec, chunk, interactive)
 
     async def close(self, video_id: str) -> None:
         try:
@@ -137,9 +137,12 @@ class RemoteDecoder:
         source: EncodedSource = await self._handle.encode_source.remote(frames, video_frames, self._bundle)
         return source
 
-    async def _asked(self, method: str, video_id: str, *args: Any) -> Any:
+    async def _asked(
+        self, method: Literal["decode", "replay"], video_id: str, spec: VideoSpec, chunk: LatentChunk, interactive: bool
+    ) -> Any:
+        asked = getattr(self._session(video_id), method)
         try:
-            return await getattr(self._session(video_id), method).remote(video_id, *args, self._bundle, carrier())
+            return await asked.remote(video_id, spec, chunk, self._bundle, carrier(), interactive)
         except _GONE as error:
             # The replica died, and the session with it: the next call goes to another one.
             raise LostSession(f"{video_id}: the decoder's replica is gone") from error

@@ -15,13 +15,18 @@ from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.storage import Storage
 from serving.jobs.store import Video
+from serving.jobs.video import BATCH, HELD
 from serving.pipeline.stages import VideoSpec
+from serving.pipeline.turns import most_of_others
 
 _log = logging.getLogger(__name__)
 
 
 class Runner:
-    """Works on up to `max_videos` videos of `stages`' models at a time. Start it with `run`, end it with `drain`."""
+    """Works on up to `max_videos` videos of `stages`' models at a time. Start it with `run`, end it with `drain`.
+
+    A batch's never have all of these places, so that a video that somebody is waiting for finds one.
+    """
 
     def __init__(
         self,
@@ -39,7 +44,7 @@ class Runner:
         self._previews = storage.previews
         self._stages, self._retiring, self._settings = stages, retiring or {}, settings
         self._poll_seconds = poll_seconds
-        self._places = asyncio.Semaphore(max_videos)
+        self._places, self._batch_places = asyncio.Semaphore(max_videos), most_of_others(max_videos)
         self._attempts: set[asyncio.Task[None]] = set()
         self._by_video: dict[str, Attempt] = {}
         self._news = asyncio.Event()
@@ -93,7 +98,8 @@ class Runner:
     async def _claim(self) -> Video | None:
         self._news.clear()
         try:
-            return await self._store.claim(self.id, self._settings.lease_seconds)
+            below = HELD if self._batch_places else BATCH
+            return await self._store.claim(self.id, self._settings.lease_seconds, below=below)
         except Exception:  # the store is away for a moment: look again after a pause
             _log.warning("no claim could be made", exc_info=True)
             return None
@@ -108,7 +114,8 @@ class Runner:
     def _start(self, video: Video) -> None:
         attempt = asyncio.create_task(self._attempt(video))
         self._attempts.add(attempt)
-        attempt.add_done_callback(self._ended)
+        self._batch_places -= video.priority >= BATCH
+        attempt.add_done_callback(lambda attempt: self._ended(attempt, video))
 
     async def _attempt(self, video: Video) -> None:
         try:
@@ -135,6 +142,9 @@ class Runner:
                 return before
         return self._stages.get(video.model)
 
-    def _ended(self, attempt: asyncio.Task[None]) -> None:
+    def _ended(self, attempt: asyncio.Task[None], video: Video) -> None:
         self._attempts.discard(attempt)
         self._places.release()
+        if video.priority >= BATCH:
+            self._batch_places += 1
+            self._news.set()  # the next of a batch may be claimed

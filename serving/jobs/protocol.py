@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from serving.jobs.artifacts import Artifact
 from serving.jobs.pages import Order
-from serving.jobs.video import Video
+from serving.jobs.video import HELD, Video
 
 
 class VideoNotFound(LookupError):  # noqa: N818 - reads as what it is
@@ -57,8 +57,9 @@ class VideoStore(Protocol):
         Deleted ones are left out. `owner` None means everybody's.
         """
 
-    async def claim(self, runner_id: str, lease_seconds: float) -> Video | None:
-        """Take a video whose runner has let its lease run out, else the oldest queued one of the lowest priority.
+    async def claim(self, runner_id: str, lease_seconds: float, *, below: int = HELD) -> Video | None:
+        """Take a video whose runner has let its lease run out, else the oldest queued one of the lowest priority; only
+        of priorities `below` this.
 
         Counts an attempt and raises the fence; None when there is nothing to do. A runner that vanished says little
         about the videos that it had, so more attempts of that kind are allowed than of those that failed. A video that

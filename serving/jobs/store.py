@@ -56,13 +56,6 @@ IDEMPOTENCY_SECONDS = 86400.0
 _LAST_WORDS_SECONDS = 60.0
 
 _ENDED = (VideoStatus.COMPLETED, VideoStatus.FAILED)
-_next_queued = (
-    select(_videos)
-    .where(_videos.c.status == VideoStatus.QUEUED, _videos.c.priority < HELD)
-    .order_by(_videos.c.priority, _videos.c.created_at, _videos.c.id)
-    .limit(1)
-    .with_for_update(skip_locked=True)
-)
 
 
 class SqlVideoStore:
@@ -98,8 +91,8 @@ class SqlVideoStore:
     ) -> Page:
         return await asyncio.to_thread(self._list, owner, limit, order, after)
 
-    async def claim(self, runner_id: str, lease_seconds: float) -> Video | None:
-        return await asyncio.to_thread(self._claim, runner_id, lease_seconds)
+    async def claim(self, runner_id: str, lease_seconds: float, *, below: int = HELD) -> Video | None:
+        return await asyncio.to_thread(self._claim, runner_id, lease_seconds, below)
 
     async def heartbeat(self, video_id: str, fence: int, lease_seconds: float) -> Video:
         return await self._write(video_id, fence, lambda _: {"lease_until": self._clock() + lease_seconds})
@@ -206,20 +199,16 @@ class SqlVideoStore:
             found = [self.from_row(row) for row in connection.execute(query).mappings()]
         return Page(found[:limit], has_more=len(found) > limit)
 
-    def _claim(self, runner_id: str, lease_seconds: float) -> Video | None:
+    def _claim(self, runner_id: str, lease_seconds: float, below: int) -> Video | None:
+        may = select(_videos).where(_videos.c.priority < below).limit(1).with_for_update(skip_locked=True)
+        queued = may.where(_videos.c.status == VideoStatus.QUEUED)
+        queued = queued.order_by(_videos.c.priority, _videos.c.created_at, _videos.c.id)
+        in_progress = may.where(_videos.c.status == VideoStatus.IN_PROGRESS).order_by(_videos.c.lease_until)
         with self._database.write() as connection:
             while True:
                 now = self._clock()
-                lapsed = (
-                    select(_videos)
-                    .where(_videos.c.status == VideoStatus.IN_PROGRESS, _videos.c.lease_until < now)
-                    .order_by(_videos.c.lease_until)
-                    .limit(1)
-                    .with_for_update(skip_locked=True)
-                )
-                row = (
-                    connection.execute(lapsed).mappings().first() or connection.execute(_next_queued).mappings().first()
-                )
+                lapsed = in_progress.where(_videos.c.lease_until < now)
+                row = connection.execute(lapsed).mappings().first() or connection.execute(queued).mappings().first()
                 if row is None:
                     return None
                 video = self.from_row(row)

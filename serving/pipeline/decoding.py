@@ -6,7 +6,6 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,8 @@ from serving.media.fmp4 import EncodedFragment, encode_fragment
 from serving.pipeline.geometry import first_frame
 from serving.pipeline.pace import Pace, StageState
 from serving.pipeline.stages import DecoderName, Fragment, LatentChunk, LostSession, VideoSpec
+from serving.pipeline.turns import Turns, most_of_others
+from serving.pipeline.worker import Worker
 
 _CACHE, _NEXT_CACHE = "cache_", "next_cache_"
 # Noise for decoding, apart from what the same seed gives denoising.
@@ -37,6 +38,7 @@ class _Session:
     """One video's causal cache, by the names of `decoder_next`'s inputs; `users` counts the calls that want it."""
 
     engines: EnginePair
+    interactive: bool = True
     cache: dict[str, Array] = field(default_factory=dict)
     next_chunk: int = 0
     placed: bool = False
@@ -48,11 +50,15 @@ class _Session:
 class EngineDecoder:
     """A `Decoder` over the two decoder engines; decoding and encoding each have a thread, so that they overlap.
 
+    In each the chunks of interactive videos go before those of others, in the order in which they come: the denoiser
+    makes first what is due first.
+
     A bundle may have a tiny pair beside them, which then decodes the videos that ask for it.
 
     At most `max_sessions` videos hold a cache; a new video waits for a place. It gets the place of a video that ends,
     or of the one that has been idle longest, if that is `idle_seconds` or more: that video's next chunk raises
-    `LostSession`. Without such a time of grace videos would push each other out between any two chunks.
+    `LostSession`. Without such a time of grace videos would push each other out between any two chunks. Interactive
+    ones get a place first, and the others never have all of them.
     """
 
     def __init__(
@@ -71,11 +77,11 @@ class EngineDecoder:
         self._manifest, self._encoders = manifest, encoders
         self._max_sessions, self._idle_seconds = max_sessions, idle_seconds
         self._sessions: dict[str, _Session] = {}
+        self._waiting: Turns[_Session] = Turns()
         self._changed = asyncio.Event()
         self._pace = Pace()
         self._calls = self._running = self._latents = 0
-        self._decode_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
-        self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._decoding, self._encoding = Worker("decoder"), Worker("encoder")
 
     @classmethod
     def open(
@@ -115,8 +121,8 @@ class EngineDecoder:
         seconds = self._pace.seconds(self._latents)
         return StageState(self._calls - self._running, self._running, seconds, self._pace.busy_seconds)
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        frames = await self._frames(video_id, spec, chunk)
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
+        frames = await self._frames(video_id, spec, chunk, interactive)
         start = first_frame(self._manifest, chunk.index)
         # A view, in both cases: the latents were rounded up to whole patches, and to whole groups of frames.
         frames = frames[: spec.frames - start, : spec.height, : spec.width]
@@ -129,12 +135,11 @@ class EngineDecoder:
             codec=spec.codec,
             encoders=self._encoders,
         )
-        loop = asyncio.get_running_loop()
-        encoded: EncodedFragment = await loop.run_in_executor(self._encode_thread, encode)
+        encoded: EncodedFragment = await self._encoding.run(encode, interactive=interactive)
         return Fragment(index=chunk.index, frames=len(frames), first_frame=start, init=encoded.init, data=encoded.data)
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
-        await self._frames(video_id, spec, chunk)
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> None:
+        await self._frames(video_id, spec, chunk, interactive)
 
     async def close(self, video_id: str) -> None:
         self._sessions.pop(video_id, None)
@@ -142,16 +147,16 @@ class EngineDecoder:
 
     async def stop(self) -> None:
         """Wait for the calls that are running."""
-        await asyncio.to_thread(self._decode_thread.shutdown)
-        await asyncio.to_thread(self._encode_thread.shutdown)
+        await self._decoding.stop()
+        await self._encoding.stop()
 
-    async def _frames(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> NDArray[np.uint8]:
+    async def _frames(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, interactive: bool) -> NDArray[np.uint8]:
         """The chunk's frames uint8 `[n, height, width, 3]`, uncropped."""
         if chunk.index == 0 or chunk.opens:
             if spec.decoder not in self._engines:  # the bundle was changed since it was asked
                 raise ValueError(f"this model has no {spec.decoder} decoder any more")
             # A replay starts afresh.
-            self._sessions[video_id] = _Session(self._engines[spec.decoder], next_chunk=chunk.index)
+            self._sessions[video_id] = _Session(self._engines[spec.decoder], interactive, next_chunk=chunk.index)
         session = self._sessions.get(video_id)
         if session is None:
             raise LostSession(f"{video_id}: no decoder session here for chunk {chunk.index}")
@@ -160,7 +165,7 @@ class EngineDecoder:
         self._latents += chunk.latents.size
         try:
             async with session.turn:
-                return await self._decode(video_id, spec.seed, session, chunk)
+                return await self._decode(video_id, spec.seed, session, chunk, interactive)
         finally:
             session.users -= 1
             self._calls -= 1
@@ -170,7 +175,9 @@ class EngineDecoder:
                 del self._sessions[video_id]  # cancelled while it waited for a place
             self._changed.set()
 
-    async def _decode(self, video_id: str, seed: int, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
+    async def _decode(
+        self, video_id: str, seed: int, session: _Session, chunk: LatentChunk, interactive: bool
+    ) -> NDArray[np.uint8]:
         """In the session's turn: decode the chunk and move the cache on."""
         if not session.placed:
             await self._place(session)
@@ -180,9 +187,8 @@ class EngineDecoder:
         session.next_chunk = -1
         self._running += 1
         try:
-            frames, session.cache = await asyncio.get_running_loop().run_in_executor(
-                self._decode_thread, self._run, session.engines, session.cache, self._feeds(seed, chunk)
-            )
+            run = partial(self._run, session.engines, session.cache, self._feeds(seed, chunk))
+            frames, session.cache = await self._decoding.run(run, interactive=interactive)
         finally:
             self._running -= 1
         session.next_chunk = chunk.index + 1
@@ -191,19 +197,44 @@ class EngineDecoder:
         return frames
 
     async def _place(self, session: _Session) -> None:
-        """Wait until fewer than `max_sessions` videos hold a cache, dropping what has been idle for too long."""
+        """Wait for one of the `max_sessions` places, dropping what has been idle in one for too long."""
         clock = asyncio.get_running_loop().time
-        while self.sessions >= self._max_sessions:
-            idle = [(s.idle_since, id) for id, s in self._sessions.items() if s.placed and not s.users]
-            since, oldest = min(idle, default=(math.inf, ""))
-            if since + self._idle_seconds <= clock():
-                del self._sessions[oldest]
-                continue
-            self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(since + self._idle_seconds if idle else None):
-                    await self._changed.wait()
-        session.placed = True
+        self._waiting.wait(session, interactive=session.interactive)
+        try:
+            while (first := self._next_placed()) is not session:
+                since, oldest = (math.inf, None) if first else self._longest_idle()
+                if oldest and since + self._idle_seconds <= clock():
+                    del self._sessions[oldest]
+                    self._changed.set()  # it may be another's turn
+                    continue
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(since + self._idle_seconds if oldest else None):
+                        await self._changed.wait()
+            self._waiting.take(interactive_only=self._others_have_enough)
+            session.placed = True
+        finally:
+            self._waiting.leave(session)
+            self._changed.set()  # there may be a place for the next as well
+
+    def _next_placed(self) -> _Session | None:
+        """Who gets a place now, if there is one."""
+        if self.sessions >= self._max_sessions:
+            return None
+        return self._waiting.first(interactive_only=self._others_have_enough)
+
+    @property
+    def _others_have_enough(self) -> bool:
+        """Whether videos that nobody watches have as many places as they may."""
+        others = sum(session.placed and not session.interactive for session in self._sessions.values())
+        return others >= most_of_others(self._max_sessions)
+
+    def _longest_idle(self) -> tuple[float, str | None]:
+        """Since when which video does nothing with a place that one of those who wait could have."""
+        full = self.sessions >= self._max_sessions
+        placed = [(id, session) for id, session in self._sessions.items() if session.placed and not session.users]
+        idle = [(session.idle_since, id) for id, session in placed if full or not session.interactive]
+        return min(idle, default=(math.inf, None))
 
     def _feeds(self, seed: int, chunk: LatentChunk) -> dict[str, Array]:
         """What is decoded; noise belongs to a video's chunk, so that a replay decodes the same."""

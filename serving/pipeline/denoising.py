@@ -26,8 +26,8 @@ from serving.tracing import Carrier, record
 _Event = DenoiseEvent | Exception
 
 
-# A stage away, the viewer's first chunk is still to be decoded and sent: for so long nobody plays anything.
-_START_SECONDS = 0.5
+# So long before it is played a chunk is wanted: it is still to be decoded and sent, which may have to wait for others.
+_AHEAD_SECONDS = 1.0
 # So many times its share for a video that somebody may be watching: 2 to this power.
 _INTERACTIVE_PRIORITY = 2
 
@@ -36,7 +36,7 @@ _INTERACTIVE_PRIORITY = 2
 class _Place:
     """A video that holds memory here, and where it hears what happened to it.
 
-    One that is watched while it is made is played from `plays_at` on: a moment after its first chunk is out.
+    One that is watched while it is made is played from `plays_at` on, when its first chunk is out.
     """
 
     video_id: str
@@ -117,7 +117,7 @@ class EngineDenoiser:
         # Nobody plays a video yet whose first chunk isn't out.
         now, played = time.monotonic(), [id for id, place in self._places.items() if place.plays_at is not None]
         slack = min((self._scheduler.slack_seconds(id, now) for id in played), default=math.inf)
-        return StageState(self._waiting, len(self._places), seconds, self._pace.busy_seconds, slack)
+        return StageState(self._waiting, len(self._places), seconds, self._pace.busy_seconds, _AHEAD_SECONDS + slack)
 
     @property
     def trace(self) -> Sequence[TraceLine]:
@@ -220,13 +220,14 @@ class EngineDenoiser:
         self._scheduler.reshape(id, shape, tokens, rows=session.rows, due=self._due(place))
 
     def _due(self, place: _Place) -> Due | None:
-        """When the next chunk is wanted: the first as soon as may be, each other one when those before are played."""
+        """When the next chunk is wanted: the first as soon as may be, each other one a while before those that come
+        before it are played."""
         if not place.watched:
             return None
         chunk, calls = place.session.next_chunk
         if place.plays_at is None:
-            return Due(place.opened_at + _START_SECONDS, calls)
-        return Due(place.plays_at + first_frame(self._manifest, chunk) / self._manifest.fps, calls)
+            return Due(place.opened_at, calls)
+        return Due(place.plays_at + first_frame(self._manifest, chunk) / self._manifest.fps - _AHEAD_SECONDS, calls)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -270,7 +271,7 @@ class EngineDenoiser:
             if place.plays_at is None and isinstance(event, LatentChunk):
                 # A video that goes on elsewhere is in the middle, and is being played there.
                 begins = first_frame(self._manifest, event.index) / self._manifest.fps
-                place.plays_at = time.monotonic() + _START_SECONDS - begins
+                place.plays_at = time.monotonic() - begins
         if session.calls_done < place.scheduled_calls:
             self._reshape(id, place)
         elif id in self._places:

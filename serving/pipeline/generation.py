@@ -306,7 +306,7 @@ class _Generation:
         for replay in range(MAX_REPLAYS):
             try:
                 for earlier in self._chunks[: chunk.index] if replay or previous is None else ():
-                    await self._decoder.replay(self._video_id, self._spec, earlier)
+                    await self._replay(earlier)
                 return await self._once(chunk)
             except LostSession:
                 await pause(replay)
@@ -314,9 +314,12 @@ class _Generation:
 
     async def _once(self, chunk: LatentChunk) -> Fragment | None:
         if chunk.index >= self._shown:
-            return await self._decoder.decode(self._video_id, self._spec, chunk)
-        await self._decoder.replay(self._video_id, self._spec, chunk)
+            return await self._decoder.decode(self._video_id, self._spec, chunk, interactive=self._interactive)
+        await self._replay(chunk)
         return None
+
+    async def _replay(self, chunk: LatentChunk) -> None:
+        await self._decoder.replay(self._video_id, self._spec, chunk, interactive=self._interactive)
 
     def _start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)

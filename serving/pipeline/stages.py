@@ -202,13 +202,14 @@ class Steerable(Denoiser, Protocol):
 class Decoder(Protocol):
     """Sessions are sticky: the chunks of one video come in order, and the causal cache stays with the session."""
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
-        """Chunk 0, or one that `opens`, begins the session, the last chunk closes it.
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
+        """Chunk 0, or one that `opens`, begins the session, the last chunk closes it. What is `interactive`, which
+        somebody may be watching, goes before the rest.
 
         Raises `LostSession` if chunk n - 1 wasn't seen here.
         """
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> None:
         """As `decode`, for a chunk whose fragment is there already: only the cache moves on."""
 
     async def close(self, video_id: str) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from browser import Page, chromium, needs_chromium
 from making import FPS, Making, made_fragments, queued
-from pipelines import opened_pipeline
 from service import Service, WholeService, until
 
 from models.bundle import Bundle
 from serving.media.fmp4 import Codec
 from serving.media.previews import jpeg
+from serving.pipeline.local import LocalPipeline
 
 pytestmark = needs_chromium
 
@@ -150,7 +150,7 @@ async def test_asking_from_the_keyboard_alone(service: Service, client: httpx.As
 
 
 async def test_a_live_session_from_the_keyboard_alone(tiny_causal_bundle: Bundle, browser: Any, tmp_path: Path) -> None:
-    async with opened_pipeline(tiny_causal_bundle) as pipeline:
+    async with LocalPipeline.open(tiny_causal_bundle) as pipeline:
         service = WholeService(tiny_causal_bundle, pipeline, tmp_path)
         async with service.running() as client:
             page = await opened(browser, client, "#live")

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from pipelines import opened_pipeline
 from service import WholeService, served
 from typer.testing import CliRunner
 
@@ -26,6 +25,7 @@ from serving.bench.load import closed_loop
 from serving.bench.peer import app as peer_app
 from serving.cli import app
 from serving.config import ServiceConfig
+from serving.pipeline.local import LocalPipeline
 
 runner = CliRunner()
 SMALL: dict[str, Any] = {"size": "64x64", "seconds": 1, "num_inference_steps": 2}
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"size": "64x64", "seconds": 1, "num_inference_steps": 2
 @pytest.fixture
 async def http(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with (
-        opened_pipeline(tiny_bundle) as pipeline,
+        LocalPipeline.open(tiny_bundle) as pipeline,
         WholeService(tiny_bundle, pipeline, tmp_path).running() as client,
     ):
         yield client

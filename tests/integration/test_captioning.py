@@ -73,9 +73,9 @@ class Counting:
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.chunks = decoder, list[LatentChunk]()
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
         self.chunks.append(chunk)
-        fragment: Fragment = await self.decoder.decode(video_id, spec, chunk)
+        fragment: Fragment = await self.decoder.decode(video_id, spec, chunk, interactive=interactive)
         return fragment
 
     async def close(self, video_id: str) -> None:

@@ -13,11 +13,11 @@ import httpx
 import numpy as np
 import pytest
 from making import FRAGMENTS, WHOLE, Making, queued
-from pipelines import opened_pipeline
 from service import Service, WholeService
 
 from models.bundle import Bundle
 from serving.client import ApiError, AsyncRushes, Rushes, Unreachable, VideoFailed
+from serving.pipeline.local import LocalPipeline
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ async def test_everything_without_asyncio(tiny_bundle: Bundle, tmp_path: Path) -
             assert batch["status"] == "completed"
             assert sorted(line["custom_id"] for line in rushes.batch_results(batch)) == ["0", "1"]
 
-    async with opened_pipeline(tiny_bundle) as pipeline:
+    async with LocalPipeline.open(tiny_bundle) as pipeline:
         service = WholeService(tiny_bundle, pipeline, tmp_path)
         async with service.running() as http:
             await asyncio.to_thread(use, str(http.base_url))

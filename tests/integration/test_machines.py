@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from making import FRAGMENTS, WHOLE, Making, queued
-from pipelines import opened_pipeline
 from postgres import Cluster
 from service import Service, SharedFiles, WholeService, served, until
 
@@ -21,6 +20,7 @@ from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.log_copies import LogCopies
 from serving.jobs.news import LogNews
 from serving.jobs.store import new_video_id
+from serving.pipeline.local import LocalPipeline
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ async def test_a_runner_puts_what_it_makes_where_others_find_it(tiny_bundle: Bun
     files: SharedFiles = (f"memory://{uuid.uuid4().hex}", {})
     (tmp_path / "one").mkdir()
     asked = {"prompt": "a ball", "seconds": 2, "seed": 7, "size": "64x64", "num_inference_steps": 2, "stream": True}
-    async with opened_pipeline(tiny_bundle) as pipeline:
+    async with LocalPipeline.open(tiny_bundle) as pipeline:
         one = WholeService(tiny_bundle, pipeline, tmp_path / "one", shared_files=files)
         two = Service(
             tiny_bundle, tmp_path / "two", url=f"sqlite:///{tmp_path / 'one' / 'videos.db'}", shared_files=files

@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from pipelines import opened_pipeline
 from service import WholeService
 
 from models.bundle import Bundle
 from serving.deployments.local import free_port
+from serving.pipeline.local import LocalPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -36,7 +36,7 @@ START_SECONDS = 180
 @pytest.fixture
 async def url(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[str]:
     async with (
-        opened_pipeline(tiny_bundle) as pipeline,
+        LocalPipeline.open(tiny_bundle) as pipeline,
         WholeService(tiny_bundle, pipeline, tmp_path).running() as client,
     ):
         yield str(client.base_url.join("/v1"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -17,6 +18,7 @@ from watched import Watched
 from models.bundle import Bundle
 from serving.engines.engine import Array, EngineError
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
+from serving.engines.opening import Opener
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.generation import generate
@@ -141,9 +143,11 @@ async def test_the_first_fragment_is_out_before_the_second_half_is_decoded(
     events: list[str] = []
 
     class Recording(EngineDecoder):
-        async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        async def decode(
+            self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True
+        ) -> Fragment:
             events.append(f"decode {chunk.index}")
-            return await super().decode(video_id, spec, chunk)
+            return await super().decode(video_id, spec, chunk, interactive=interactive)
 
     async def sink(fragment: Fragment) -> None:
         events.append(f"out {fragment.index}")
@@ -171,11 +175,13 @@ async def test_a_lost_decoder_session_is_replayed_to_the_same_bytes(
     losses = {1, 4}
 
     class Forgetful(EngineDecoder):
-        async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        async def decode(
+            self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True
+        ) -> Fragment:
             if chunk.index in losses:
                 losses.remove(chunk.index)
                 await self.close(video_id)
-            return await super().decode(video_id, spec, chunk)
+            return await super().decode(video_id, spec, chunk, interactive=interactive)
 
     decoder = Forgetful.open(tiny_bundle)
     assert await fragments_of(pipeline, spec(seconds=4), decoder=decoder) == expected
@@ -187,10 +193,12 @@ async def test_a_decoder_that_never_keeps_a_session_is_given_up(
     tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
 ) -> None:
     class Amnesiac(EngineDecoder):
-        async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+        async def decode(
+            self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True
+        ) -> Fragment:
             if chunk.index:
                 await self.close(video_id)
-            return await super().decode(video_id, spec, chunk)
+            return await super().decode(video_id, spec, chunk, interactive=interactive)
 
     decoder = Amnesiac.open(tiny_bundle)
     with pytest.raises(LostSession, match="chunk 1"):
@@ -228,6 +236,46 @@ async def test_the_longest_idle_session_makes_room(
     with pytest.raises(LostSession, match="is at 2, not at 1"):
         await decoder.decode("a", spec(), chunks[1])
     await decoder.decode("a", spec(), chunks[2])
+    await decoder.stop()
+
+
+async def test_what_somebody_watches_is_decoded_before_a_batch_and_finds_a_place(
+    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
+) -> None:
+    async with aclosing(pipeline.denoiser.denoise(await request_of(pipeline, spec()))) as events:
+        chunk = await anext(event async for event in events if isinstance(event, LatentChunk))
+    begun, gate, done = threading.Event(), threading.Event(), list[str]()
+
+    def hold(_: object) -> None:
+        begun.set()
+        gate.wait()
+
+    first, following = Opener(tiny_bundle).open("decoder_first", "decoder_next")
+    decoder = EngineDecoder((Watched(first, hold), following), tiny_bundle.manifest, max_sessions=3)
+
+    async def decode(video: str) -> None:
+        await decoder.decode(video, spec(), chunk, interactive=video.startswith("stream"))
+        done.append(video)
+
+    tasks = {video: asyncio.create_task(decode(video)) for video in ("batch 1", "batch 2", "batch 3", "batch 4")}
+    await asyncio.to_thread(begun.wait)
+    tasks["stream"] = asyncio.create_task(decode("stream"))
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*(tasks[video] for video in ("batch 1", "batch 2", "stream")))
+    assert done == ["batch 1", "stream", "batch 2"]
+    # Of three places a batch has two, and the next of it gets one when one of them is free.
+    assert decoder.sessions == 3
+    await decoder.close("stream")
+    tasks["batch 3"].cancel()
+    await asyncio.gather(tasks["batch 3"], return_exceptions=True)
+    assert decoder.sessions == 2
+    await decoder.close("batch 1")
+    await tasks["batch 4"]
+    assert done[3:] == ["batch 4"]
+    for video in tasks:
+        await decoder.close(video)
+    assert decoder.sessions == 0
     await decoder.stop()
 
 

@@ -16,7 +16,6 @@ import httpx
 import numpy as np
 import pytest
 from pictures import PICTURE, Frames, clip, data_url, png, shaded
-from pipelines import opened_pipeline
 from service import REFERENCES, Service, WholeService, assert_envelope
 
 from models.bundle import Bundle
@@ -25,6 +24,7 @@ from serving.jobs.store import Video
 from serving.media.fmp4 import encode_fragment, remux_to_mp4
 from serving.media.frames import read_all, read_frames
 from serving.pipeline.geometry import first_frame
+from serving.pipeline.local import LocalPipeline
 
 ASKED = {"prompt": "a red ball", "seconds": 1, "size": "64x64", "seed": 7, "num_inference_steps": 4}
 
@@ -291,7 +291,7 @@ async def test_a_picture_is_fetched_where_that_is_allowed(tiny_bundle: Bundle, t
 @pytest.fixture(params=["tiny_bundle", "tiny_causal_bundle"])
 async def whole(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[WholeService]:
     bundle: Bundle = request.getfixturevalue(request.param)
-    async with opened_pipeline(bundle) as pipeline:
+    async with LocalPipeline.open(bundle) as pipeline:
         yield WholeService(bundle, pipeline, tmp_path)
 
 

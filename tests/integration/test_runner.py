@@ -13,11 +13,15 @@ import pytest_asyncio
 from service import WholeService, until
 
 from models.bundle import Bundle
+from serving.api.creation import new_video
+from serving.api.models import Catalog
+from serving.api.schemas import parse_create
 from serving.deployments.attempt import Stages
 from serving.engines.engine import EngineError
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus
 from serving.jobs.sweeper import Sweeper
+from serving.jobs.video import BATCH
 from serving.media.trailer import error_box
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepDone, VideoSpec, same_bundle
@@ -35,13 +39,13 @@ class GatedDecoder:
         self._first_gated_chunk = first_gated_chunk
         self.gate = asyncio.Event()
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
         if chunk.index >= self._first_gated_chunk:
             await self.gate.wait()
-        return await self._decoder.decode(video_id, spec, chunk)
+        return await self._decoder.decode(video_id, spec, chunk, interactive=interactive)
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
-        await self._decoder.replay(video_id, spec, chunk)
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> None:
+        await self._decoder.replay(video_id, spec, chunk, interactive=interactive)
 
     async def close(self, video_id: str) -> None:
         await self._decoder.close(video_id)
@@ -55,12 +59,12 @@ class PatientDecoder(GatedDecoder):
         self._previews = service.storage.previews
         self.seen: dict[int, bytes] = {}
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
         while not (found := await self._previews.since(video_id, chunk.index)):
             pass
         self.gate.set()
         self.seen[chunk.index] = found[0][1]
-        return await super().decode(video_id, spec, chunk)
+        return await super().decode(video_id, spec, chunk, interactive=interactive)
 
 
 class ReplacedDecoder:
@@ -69,12 +73,12 @@ class ReplacedDecoder:
     def __init__(self, pipeline: LocalPipeline, first_chunk: int) -> None:
         self._decoder, self._first_chunk = pipeline.decoder, first_chunk
 
-    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> Fragment:
+    async def decode(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> Fragment:
         same_bundle("now" if chunk.index >= self._first_chunk else "before", "before")
-        return await self._decoder.decode(video_id, spec, chunk)
+        return await self._decoder.decode(video_id, spec, chunk, interactive=interactive)
 
-    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk) -> None:
-        await self._decoder.replay(video_id, spec, chunk)
+    async def replay(self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True) -> None:
+        await self._decoder.replay(video_id, spec, chunk, interactive=interactive)
 
     async def close(self, video_id: str) -> None:
         await self._decoder.close(video_id)
@@ -124,6 +128,26 @@ async def test_the_first_fragment_is_at_the_client_before_the_second_half_is_dec
     log = FragmentLog.open(service.videos_dir, video_id)
     assert received == log.init() + b"".join(log.fragments())
     assert len(log.entries()) == 6
+
+
+async def test_a_batch_leaves_places_to_those_who_watch(service: WholeService) -> None:
+    """Of a runner's four places two; nothing is decoded before the one that is asked for meanwhile is begun."""
+    decoder = service.stages["decoder"] = GatedDecoder(service.pipeline, first_gated_chunk=0)
+    body, catalog = {**ASKED, "seconds": 1}, Catalog({"tiny": service.bundle}, {})
+    lines = []
+    for _ in range(5):
+        line = new_video(parse_create(body, form=False), catalog, service.webhooks, owner=None, priority=BATCH)
+        lines.append(await service.store.create(line))
+    async with service.running() as client:
+        for line in lines[:2]:
+            await in_state(service, line.id, lambda status: status is VideoStatus.IN_PROGRESS)
+        asked = (await client.post("/v1/videos", json=body)).json()["id"]
+        await in_state(service, asked, lambda status: status is VideoStatus.IN_PROGRESS)
+        found = [await service.store.get(line.id) for line in lines]
+        assert [video.status for video in found if video] == ["in_progress"] * 2 + ["queued"] * 3
+        decoder.gate.set()
+        for id in (asked, *(line.id for line in lines)):
+            assert (await ended(service, id)).status is VideoStatus.COMPLETED
 
 
 async def test_a_finished_video_has_its_file_before_it_is_called_completed(service: WholeService) -> None:

@@ -14,13 +14,13 @@ import pytest
 from openai._resource import AsyncAPIResource
 from openai.types import Video
 from pictures import PICTURE, clip, data_url
-from pipelines import opened_pipeline
 from receiver import SECRET, Receiver
 from service import WholeService
 from typer.testing import CliRunner
 
 from models.bundle import Bundle
 from serving.cli import app
+from serving.pipeline.local import LocalPipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
@@ -44,7 +44,7 @@ LEFT_OUT = {
 @pytest.fixture
 async def url(tiny_bundle: Bundle, tmp_path: Path) -> AsyncIterator[str]:
     async with (
-        opened_pipeline(tiny_bundle) as pipeline,
+        LocalPipeline.open(tiny_bundle) as pipeline,
         WholeService(tiny_bundle, pipeline, tmp_path, webhook_secret=SECRET).running() as client,
     ):
         yield str(client.base_url.join("/v1"))

@@ -83,6 +83,19 @@ async def test_the_oldest_video_is_claimed_first(store: SqlVideoStore, clock: Cl
     assert await store.claim("runner", 30) is None
 
 
+async def test_a_claim_can_leave_batches_where_they_are(store: SqlVideoStore, clock: Clock) -> None:
+    lapsed = await store.create(make_video(priority=BATCH))
+    await claimed(store, lease_seconds=30)
+    clock.now += 31
+    queued = await store.create(make_video(priority=BATCH))
+    asked = await store.create(make_video())
+    watched = await store.claim("runner", 30, below=BATCH)
+    assert watched is not None
+    assert watched.id == asked.id
+    assert await store.claim("runner", 30, below=BATCH) is None
+    assert [(await claimed(store)).id for _ in range(2)] == [lapsed.id, queued.id]
+
+
 async def test_a_lapsed_lease_passes_the_video_on_and_shuts_the_old_runner_out(
     store: SqlVideoStore, clock: Clock
 ) -> None:
