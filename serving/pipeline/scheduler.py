@@ -19,16 +19,20 @@ _WORTH_JOINING = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one engine call may hold: rows, and rows times tokens per row."""
+    """What one engine call may hold: rows, and rows times tokens per row. `turn_calls` is how many calls a session may
+    be ahead of another before that one has its turn: about as many as a video has steps."""
 
     max_rows: int = 8
     max_tokens: int = 1 << 15
+    turn_calls: int = 32
 
     def __post_init__(self) -> None:
         if self.max_rows < 2:
             raise ValueError(f"max_rows must be at least 2 (a guided video has two rows), not {self.max_rows}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, not {self.max_tokens}")
+        if self.turn_calls < 1:
+            raise ValueError(f"turn_calls must be positive, not {self.turn_calls}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +83,15 @@ class _Place:
 
 
 class StepScheduler:
-    """Shares the engine fairly between sessions by work, but for streams that would run dry.
+    """Shares the engine fairly between sessions by work, a turn at a time, but for streams that would run dry.
 
-    Shares are by stride scheduling (Waldspurger & Weihl 1995): the session that has had the least work leads the next
-    call; others of its shape that have had least fill it up. Work is counted in tokens, so that a short preview isn't
-    held up by a long video for as many calls as it has steps, and each priority level doubles a session's share. A new
-    session starts level with the one served last: it can neither overtake for work it didn't ask for while away, nor be
-    overtaken for ever. So every session runs again after bounded work.
+    Shares are by stride scheduling (Waldspurger & Weihl 1995): a session that another is a turn of work ahead of goes
+    before it. Work is counted in tokens, and each priority level doubles a session's share. Of those whose turn it is,
+    the highest priority leads the next call, and of equals the one that has least left to do: so the short don't wait
+    for the long, and equal videos end one after another, when all of them in step would end together at last. Others
+    of its shape fill the call up, in the same order. A new session starts level with the one that is furthest on of
+    those that led: it can neither overtake for work it didn't ask for while away, nor be overtaken for ever. So every
+    session runs again after bounded work.
 
     A session that is `due` so soon that it can't wait for another call goes first, the earliest of them before the
     others. Whatever else would fit into its call is left out if that made it late, unless rows are cheaper together.
@@ -161,13 +167,15 @@ class StepScheduler:
         `now` is on the clock of what is `due`. Each session is charged for the step; one whose last step this is leaves
         the scheduler.
         """
-        waiting = sorted(self._places.values(), key=lambda p: (p.used, p.order))
-        if not waiting:
+        by_share = sorted(self._places.values(), key=lambda p: (p.used, p.order))
+        if not by_share:
             return []
+        waiting = self._in_turn(by_share)
         urgent = self._urgent(waiting, now)
         if not urgent or self._urgent_calls >= _FAIR_EVERY - 1:
+            waiting = by_share if urgent else waiting
             self._urgent_calls = 0
-            self._level = waiting[0].used
+            self._level = max(self._level, waiting[0].used)
             # As many as leave the streams in time; one in any case, whose turn it is.
             chosen = self._filled(waiting, seconds=min(self._slack(place, now) for place in waiting))
         else:
@@ -180,6 +188,17 @@ class StepScheduler:
         ids = [place.entry.id for place in chosen]
         self._trace.append(TraceLine(self._steps, "ran", tuple(ids)))
         return ids
+
+    def _in_turn(self, by_share: Sequence[_Place]) -> list[_Place]:
+        """Who goes first, of sessions that are sorted by the work they have had."""
+        least = by_share[0].used
+
+        def key(place: _Place) -> tuple[int, int, int, int]:
+            turn = self._limits.turn_calls * _charge_of(place.entry)
+            left = place.remaining * place.entry.tokens
+            return int((place.used - least) // turn), -place.entry.priority, left, place.order
+
+        return sorted(by_share, key=key)
 
     def _urgent(self, waiting: Sequence[_Place], now: float) -> list[_Place]:
         """Those that would be late after any other call, the earliest due first."""
@@ -230,7 +249,12 @@ class StepScheduler:
         return chosen
 
     def _charge(self, place: _Place) -> None:
-        place.used += place.entry.tokens / 2.0**place.entry.priority
+        place.used += _charge_of(place.entry)
         place.remaining -= 1
         if place.remaining == 0:
             del self._places[place.entry.id]
+
+
+def _charge_of(entry: Entry) -> float:
+    """The work of one call, in tokens weighted by priority."""
+    return entry.tokens / 2.0**entry.priority
