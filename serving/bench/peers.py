@@ -129,9 +129,13 @@ def completed(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def variants() -> Iterator[Variant]:
-    """Without the compiled one, which is of whichever precision turns out the faster."""
-    yield from (Variant("fp32"), Variant("bf16"))
+def variants(flags: Sequence[str]) -> list[Variant]:
+    """For a CPU with these vector instructions; without those for bf16, torch takes minutes for a video in it.
+
+    The compiled one comes later, of whichever precision turns out the faster.
+    """
+    computes_bf16 = any(flag.endswith("_bf16") for flag in flags)
+    return [Variant("fp32"), *([Variant("bf16")] if computes_bf16 else [])]
 
 
 def faster(times: Sequence[PeerTimes]) -> Variant:

@@ -174,7 +174,7 @@ class _Run:
         mixed: list[float] = []
         with self.covering(MIXED):  # the peer's comes last, when it is known which is the best
             mixed = self._await(scenarios.mixed(bench))
-        for variant in peers.variants():
+        for variant in peers.variants(self.results.machine.flags):
             self._time(bench, variant)
         if not self.results.peers:
             self._left_out("diffusers could not be run", *needing)
@@ -235,6 +235,8 @@ class _Run:
             self.results.figures.append(Measured(PEER_EAGER, _ratios(eager), note))
         best = min(self.results.peers, key=lambda one: one.best)
         tried = ", ".join(one.variant for one in self.results.peers)
+        if not any("bf16" in one.variant for one in self.results.peers):
+            tried += " (this CPU has no bf16)"
         self.results.figures.append(Measured(PEER_BEST, _ratios(best), f"{best.variant} of {tried}; {note}"))
 
     def _mixed(self, bench: Bench, ours: list[float]) -> Measured:

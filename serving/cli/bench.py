@@ -90,7 +90,8 @@ def peers(
     times: Times = 3,
     output: Json = None,
 ) -> None:
-    """Time diffusers' WanPipeline alone and behind a plain FastAPI queue: fp32, bf16, and the faster one compiled.
+    """Time diffusers' WanPipeline alone and behind a plain FastAPI queue: fp32, bf16 on a CPU that has it, and the
+    faster one compiled.
 
     Prints Markdown. `rushes bench report` sets these against a service in the same run.
     """
@@ -117,7 +118,7 @@ def peers(
                 taken.append(asyncio.run(others.time_peer(peer, ask, times=times, say=_say)))
 
         with _ended_by_sigterm():
-            for variant in others.variants():
+            for variant in others.variants(this_machine().flags):
                 run(variant)
             if compiled and others.can_compile():
                 run(others.faster(taken))

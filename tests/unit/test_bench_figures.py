@@ -23,6 +23,7 @@ from serving.bench.following import Outcome
 from serving.bench.fragments import fragment_seconds
 from serving.bench.machine import this_machine
 from serving.bench.observed import between, counts, observed_table
+from serving.bench.peers import variants
 from serving.bench.processes import NotStarted, server, settings_of
 from serving.bench.report import Goals, report
 from serving.bench.statistics import Spread, Summary, percentile, steady_rate
@@ -396,3 +397,8 @@ def test_metrics_that_say_nothing_are_no_error() -> None:
     observed = between({}, {}, wall_seconds=0, completed=0, latency_seconds=None)
     assert (observed.occupancy, observed.rows, observed.rest) == ({}, None, None)
     assert "stage" in observed_table(observed)
+
+
+def test_diffusers_is_run_in_bf16_where_the_cpu_has_it() -> None:
+    assert [variant.name for variant in variants(("avx2", "fma"))] == ["fp32"]
+    assert [variant.name for variant in variants(("avx2", "amx_bf16"))] == ["fp32", "bf16"]
