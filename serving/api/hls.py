@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import suppress
 from typing import Annotated
 
@@ -55,8 +56,8 @@ def hls_router(storage: Storage, catalog: Catalog, queue: VideoQueue) -> APIRout
             width=picture.width,
             height=picture.height,
             fps=picture.fps,
-            peak_bits=round(max(rates) * headroom),
-            average_bits=round(average * headroom),
+            peak_bits=math.ceil(max(rates) * headroom),
+            average_bits=math.ceil(average * headroom),
         )
         return Response(text, media_type=PLAYLIST_TYPE, headers=_LIVE)
 

@@ -79,11 +79,12 @@ def test_the_time_embedding_and_the_last_projection_keep_fp32(master: Bundle, fo
     kinds = [node.op_type for node in model.graph.node]
     before = [node.op_type for node in onnx.load(master.path_of("denoiser"), load_external_data=False).graph.node]
     attention = 2 * 2 * 6  # two products in each of two attentions a layer have no weights
-    assert kinds.count("MatMulInteger") == before.count("MatMul") - attention - 1
+    turns = 2 * 6  # of a layer's queries and keys by RoPE
+    assert kinds.count("MatMulInteger") == before.count("MatMul") - attention - turns - 1
     weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     weights |= {node.output[0] for node in model.graph.node if node.op_type == "Cast"}
     kept = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    assert len(kept) == before.count("Gemm") + 1  # the quantiser writes a Gemm as MatMul and Add
+    assert len(kept) == before.count("Gemm") + turns + 1  # the quantiser writes a Gemm as MatMul and Add
 
 
 def test_a_quantized_bundle_makes_a_video(master: Bundle, folder: Path) -> None:
