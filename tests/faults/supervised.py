@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 from marked import Mark
 
+from serving.reloading import STATE
+
 # What each process of the service is called, by a part of its command line.
 PROCESSES = {
     "runner": "rushes-runner:runner",
@@ -41,6 +43,7 @@ class SupervisedService:
         self.starts = 0
         self._mark = Mark()
         self._file, self._log = directory / "config.json", directory / "serve.log"
+        self._state = Path(config["data_dir"]) / STATE
         self._file.write_text(json.dumps(config, default=str))  # JSON is YAML
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,6 +73,13 @@ class SupervisedService:
             if time.monotonic() > give_up_at:
                 raise TimeoutError(self._log.read_text()[-2000:])
             time.sleep(0.1)
+
+    def is_started(self) -> bool:
+        """Whether `rushes serve` is through with its start, which replicas that answer don't say; before that a SIGTERM
+        breaks it off."""
+        with suppress(OSError, ValueError):
+            return self._process is not None and json.loads(self._state.read_bytes())["pid"] == self._process.pid
+        return False
 
     def processes(self) -> dict[int, str]:
         """All that live, Ray's too: their command lines."""

@@ -290,6 +290,7 @@ def test_every_video_ends_completed_once_and_the_same_whatever_dies(
         # Nothing is left: no checkpoints, no processes.
         service.wait_until_up()
         until(lambda: artifacts.names(CHECKPOINTS) == [])
+        until(service.is_started)
         assert service.stop() == 0
         until(lambda: service.processes() == {})
     receiver.server.shutdown()
