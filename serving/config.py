@@ -405,18 +405,16 @@ class ServiceConfig(_Strict):
         Raises `ConfigError` when a bundle isn't there.
         """
         bundles = _resolved("models", self.models)
-        text_encoder, denoiser, decoder = (
-            stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()})
-            for _, stage in self.stages()
-        )
+        stages = {
+            name: stage.model_copy(update={"plans": stage.plans and stage.plans.expanduser().resolve()})
+            for name, stage in self.stages()
+        }
         return self.model_copy(
             update={
                 "models": bundles,
                 "retiring": _resolved("retiring", self.retiring),
                 "data_dir": self.data_dir.expanduser().resolve(),
-                "text_encoder": text_encoder,
-                "denoiser": denoiser,
-                "decoder": decoder,
+                **stages,
             }
         )
 
@@ -440,15 +438,15 @@ class ServiceConfig(_Strict):
             + self.api.num_cpus * self.api.replicas
         )
 
+    def gpus(self) -> float:
+        """The same in GPUs."""
+        return sum(stage.num_gpus * stage.autoscaling.max_replicas for _, stage in self.stages()) * len(self.models)
+
     def all_labels(self) -> dict[str, str]:
         """What a Ray node must have to take every part."""
         stages = [stage.label_selector for _, stage in self.stages()]
         selectors = [self.api.label_selector, self.runner.label_selector, *stages]
         return {key: value for selector in selectors for key, value in selector.items()}
-
-    def gpus(self) -> float:
-        """The same in GPUs."""
-        return sum(stage.num_gpus * stage.autoscaling.max_replicas for _, stage in self.stages()) * len(self.models)
 
 
 def _resolved(key: str, bundles: Mapping[str, Path]) -> dict[str, Path]:

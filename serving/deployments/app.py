@@ -122,8 +122,7 @@ def _asleep(config: ServiceConfig) -> ServiceConfig:
     def asleep(stage: StageConfig) -> StageConfig:
         return stage.model_copy(update={"autoscaling": stage.autoscaling.model_copy(update={"min_replicas": 0})})
 
-    stages = {"text_encoder": config.text_encoder, "denoiser": config.denoiser, "decoder": config.decoder}
-    return config.model_copy(update={name: asleep(stage) for name, stage in stages.items()})
+    return config.model_copy(update={name: asleep(stage) for name, stage in config.stages()})
 
 
 def _stages(model: str, bundle: Bundle, config: ServiceConfig, *, together: bool = False) -> StageHandles:

@@ -199,9 +199,7 @@ class Fleet:
 
 def _models_of(config: ServiceConfig) -> dict[str, _Model]:
     """Verified. Raises `BundleError`."""
-    settings = json.dumps(
-        [getattr(config, stage).model_dump(mode="json") for stage in ("text_encoder", "denoiser", "decoder")]
-    )
+    settings = json.dumps([stage.model_dump(mode="json") for _, stage in config.stages()])
 
     def model(name: str, bundle: Bundle) -> _Model:
         content = hashlib.sha256(f"{bundle.root} {bundle.digest} {settings}".encode()).hexdigest()
