@@ -101,7 +101,33 @@ class Crew:
             raise RuntimeError("the runner has stopped") from self._running.exception()
 
 
-class RunnerDeployment:
+class CrewReplica:
+    """What a replica answers that has a crew, whatever else it has."""
+
+    _crew: Crew
+
+    async def running(self) -> int:
+        """Videos in hand."""
+        return self._crew.running
+
+    async def hand_back(self) -> None:
+        """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""
+        await self._crew.hand_back()
+
+    async def drain(self) -> None:
+        """Take nothing new, and return when what is in hand has ended. What is queued stays in the store."""
+        await self._crew.drain()
+
+    async def check_health(self) -> None:
+        self._crew.check()
+
+    async def __del__(self) -> None:
+        # Ray Serve calls and awaits this when the replica must go and its requests have ended, for as long as
+        # `graceful_shutdown_seconds`.
+        await self._crew.drain()
+
+
+class RunnerDeployment(CrewReplica):
     """A crew behind Ray Serve, which works on its own and is only ever told of news. Each stage is a handle."""
 
     def __init__(
@@ -126,25 +152,6 @@ class RunnerDeployment:
         """Somebody wants this video to stop."""
         self._crew.tell(video_id)
 
-    async def running(self) -> int:
-        """Videos in hand."""
-        return self._crew.running
-
     async def serves(self) -> Mapping[str, str]:
         """The application of each model that videos are made on now."""
         return self._apps
-
-    async def hand_back(self) -> None:
-        """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""
-        await self._crew.hand_back()
-
-    async def drain(self) -> None:
-        """Take nothing new, and return when what is in hand has ended. What is queued stays in the store."""
-        await self._crew.drain()
-
-    async def check_health(self) -> None:
-        self._crew.check()
-
-    async def __del__(self) -> None:
-        # Ray Serve calls and awaits this when the replica must go, for as long as `graceful_shutdown_seconds`.
-        await self._crew.drain()

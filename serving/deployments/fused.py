@@ -19,7 +19,7 @@ from serving.chat import open_rewriter
 from serving.config import ServiceConfig
 from serving.deployments.api import front
 from serving.deployments.attempt import Stages
-from serving.deployments.crew import Crew
+from serving.deployments.crew import Crew, CrewReplica
 from serving.deployments.loads import StageWatch
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
@@ -44,7 +44,7 @@ from serving.pipeline.text import EngineTextEncoder
 from serving.tracing import Open, carrier, span
 
 
-class FusedDeployment:
+class FusedDeployment(CrewReplica):
     """A crew and the API over stages that are all here."""
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -59,25 +59,6 @@ class FusedDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return front(self._config, self._storage, self._bundles, self._stages, self._wake, self._loads)
-
-    async def running(self) -> int:
-        """Videos in hand."""
-        return self._crew.running
-
-    async def hand_back(self) -> None:
-        """Put what is in hand back into the queue, with all that is made of it kept; take nothing new."""
-        await self._crew.hand_back()
-
-    async def drain(self) -> None:
-        """Take nothing new, and return when what is in hand has ended. What is queued stays in the store."""
-        await self._crew.drain()
-
-    async def check_health(self) -> None:
-        self._crew.check()
-
-    async def __del__(self) -> None:
-        # Ray Serve calls and awaits this when the replica must go and its requests have ended.
-        await self._crew.drain()
 
     def _opened(self, model: str, bundle: Bundle) -> Stages:
         config = self._config
