@@ -165,7 +165,7 @@ class EngineDecoder:
         self._latents += chunk.latents.size
         try:
             async with session.turn:
-                return await self._decode(video_id, spec.seed, session, chunk, interactive)
+                return await self._decode(video_id, spec.seed, session, chunk)
         finally:
             session.users -= 1
             self._calls -= 1
@@ -175,9 +175,7 @@ class EngineDecoder:
                 del self._sessions[video_id]  # cancelled while it waited for a place
             self._changed.set()
 
-    async def _decode(
-        self, video_id: str, seed: int, session: _Session, chunk: LatentChunk, interactive: bool
-    ) -> NDArray[np.uint8]:
+    async def _decode(self, video_id: str, seed: int, session: _Session, chunk: LatentChunk) -> NDArray[np.uint8]:
         """In the session's turn: decode the chunk and move the cache on."""
         if not session.placed:
             await self._place(session)
@@ -188,7 +186,7 @@ class EngineDecoder:
         self._running += 1
         try:
             run = partial(self._run, session.engines, session.cache, self._feeds(seed, chunk))
-            frames, session.cache = await self._decoding.run(run, interactive=interactive)
+            frames, session.cache = await self._decoding.run(run, interactive=session.interactive)
         finally:
             self._running -= 1
         session.next_chunk = chunk.index + 1
