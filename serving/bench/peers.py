@@ -129,13 +129,15 @@ def completed(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def variants(flags: Sequence[str]) -> list[Variant]:
-    """For a CPU with these vector instructions; without those for bf16, torch takes minutes for a video in it.
+def computes_bf16(flags: Sequence[str]) -> bool:
+    """Whether a CPU with these vector instructions does; without them torch takes minutes for a video in bf16."""
+    return any(flag.endswith("_bf16") for flag in flags)
 
-    The compiled one comes later, of whichever precision turns out the faster.
-    """
-    computes_bf16 = any(flag.endswith("_bf16") for flag in flags)
-    return [Variant("fp32"), *([Variant("bf16")] if computes_bf16 else [])]
+
+def variants(flags: Sequence[str]) -> list[Variant]:
+    """For a CPU with these vector instructions. The compiled one comes later, of whichever precision turns out the
+    faster."""
+    return [Variant("fp32"), *([Variant("bf16")] if computes_bf16(flags) else [])]
 
 
 def faster(times: Sequence[PeerTimes]) -> Variant:

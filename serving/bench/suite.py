@@ -235,7 +235,7 @@ class _Run:
             self.results.figures.append(Measured(PEER_EAGER, _ratios(eager), note))
         best = min(self.results.peers, key=lambda one: one.best)
         tried = ", ".join(one.variant for one in self.results.peers)
-        if not any("bf16" in one.variant for one in self.results.peers):
+        if not peers.computes_bf16(self.results.machine.flags):
             tried += " (this CPU has no bf16)"
         self.results.figures.append(Measured(PEER_BEST, _ratios(best), f"{best.variant} of {tried}; {note}"))
 
