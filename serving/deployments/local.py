@@ -92,7 +92,8 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
     _check_port(config.host, config.port)
     open_storage(config).database.dispose()  # what is wrong with the database is said now, and not by a replica
     measuring = {} if metrics_port is None else {"RAY_enable_metrics_collection": "1"}
-    os.environ.update({name: value for name, value in {**_ENVIRONMENT, **measuring}.items() if name not in os.environ})
+    added = {name: value for name, value in {**_ENVIRONMENT, **measuring}.items() if name not in os.environ}
+    os.environ.update(added)
 
     import ray
     from ray import serve
@@ -129,6 +130,8 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
         if ray.is_initialized():
             _forget_handles(serve)
         ray.shutdown()
+        for name in added:  # the next service of this process may be measured, or not be
+            os.environ.pop(name, None)
 
 
 def _ray_node() -> Any:
