@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from models.bundle import Bundle, GraphName
 from serving.engines.engine import Engine
@@ -13,7 +15,9 @@ from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.local import LocalPipeline
+from serving.pipeline.request import make_spec
 from serving.pipeline.rewriting import OnnxRewriter
+from serving.pipeline.stages import Fragment
 from serving.pipeline.text import EngineTextEncoder
 
 
@@ -54,3 +58,25 @@ def opened_pipeline(bundle: Bundle) -> LocalPipeline:
         captioner,
         encoder,
     )
+
+
+def made_alone(bundle: Bundle, asked: dict[str, Any]) -> list[Fragment]:
+    """What one process without Ray makes of a request."""
+
+    async def make() -> list[Fragment]:
+        made: list[Fragment] = []
+
+        async def sink(fragment: Fragment) -> None:
+            made.append(fragment)
+
+        settings = dict(asked)
+        async with opened_pipeline(bundle) as pipeline:
+            await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
+        return made
+
+    return asyncio.run(make())
+
+
+def as_stream(made: list[Fragment]) -> bytes:
+    """The bytes that a viewer gets of it."""
+    return made[0].init + b"".join(fragment.data for fragment in made)

@@ -10,15 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from pipelines import opened_pipeline
+from pipelines import as_stream, made_alone
 
 from models.bundle import Bundle
 from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.local import LocalService, free_port, local_service
 from serving.jobs.store import SqlVideoStore, VideoStatus
-from serving.pipeline.request import make_spec
-from serving.pipeline.stages import Fragment
 
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 4}
 
@@ -43,31 +41,13 @@ def running(
         yield Running(service, config)
 
 
-def made_alone(bundle: Bundle, asked: dict[str, Any]) -> bytes:
-    """What one process without Ray makes of a request."""
-
-    async def make() -> list[Fragment]:
-        made: list[Fragment] = []
-
-        async def sink(fragment: Fragment) -> None:
-            made.append(fragment)
-
-        settings = dict(asked)
-        async with opened_pipeline(bundle) as pipeline:
-            await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
-        return made
-
-    made = asyncio.run(make())
-    return made[0].init + b"".join(fragment.data for fragment in made)
-
-
 @pytest.mark.parametrize("model", ["tiny", "tiny-causal"])
 def test_a_stream_has_the_bytes_of_one_process(
     running: Running, tiny_bundle: Bundle, tiny_causal_bundle: Bundle, model: str
 ) -> None:
     bundle = {"tiny": tiny_bundle, "tiny-causal": tiny_causal_bundle}[model]
     answer = httpx.post(f"{running.service.url}/v1/videos", json={**ASKED, "model": model, "stream": True}, timeout=120)
-    assert answer.content == made_alone(bundle, ASKED)
+    assert answer.content == as_stream(made_alone(bundle, ASKED))
 
 
 def test_a_session_plays_and_a_long_video_is_cancelled_beside_it(running: Running, tiny_bundle: Bundle) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from pipelines import opened_pipeline
+from pipelines import as_stream, made_alone
 from repeated import Repeated
 
 from models.bundle import MANIFEST, Bundle, BundleError, sha256_of
@@ -23,8 +22,6 @@ from serving.client import Rushes
 from serving.config import ConfigError, ServiceConfig
 from serving.deployments.fleet import FleetError
 from serving.deployments.local import LocalService, free_port, local_service
-from serving.pipeline.request import make_spec
-from serving.pipeline.stages import Fragment
 
 ASKED: dict[str, Any] = {"prompt": "a red ball moving left", "seconds": 1, "seed": 7, "num_inference_steps": 2}
 LIVE: dict[str, Any] = {"size": "64x64", "num_inference_steps": 2}
@@ -38,21 +35,6 @@ def changed(bundle: Bundle, path: Path, **manifest: Any) -> Path:
         said["files"][name] = {"sha256": sha256_of(path / name), "bytes": (path / name).stat().st_size}
     (path / MANIFEST).write_text(json.dumps(said))
     return path
-
-
-def made_alone(bundle: Bundle, asked: dict[str, Any]) -> bytes:
-    async def make() -> bytes:
-        made: list[Fragment] = []
-
-        async def sink(fragment: Fragment) -> None:
-            made.append(fragment)
-
-        settings = dict(asked)
-        async with opened_pipeline(bundle) as pipeline:
-            await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
-        return made[0].init + b"".join(fragment.data for fragment in made)
-
-    return asyncio.run(make())
 
 
 @dataclass(frozen=True)
@@ -119,8 +101,8 @@ def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(
         now(running.config.model_copy(update={"port": 1}))
     assert running.names() == names
     assert running.service.fleet.served == served
-    assert running.stream(**ASKED, model="kept") == made_alone(tiny_bundle, ASKED)
-    assert running.stream(**ASKED, model="rolled") == made_alone(Bundle.load(served["rolled"]), ASKED)
+    assert running.stream(**ASKED, model="kept") == as_stream(made_alone(tiny_bundle, ASKED))
+    assert running.stream(**ASKED, model="rolled") == as_stream(made_alone(Bundle.load(served["rolled"]), ASKED))
 
 
 @pytest.mark.slow
@@ -147,11 +129,11 @@ def test_models_come_go_and_change_under_running_videos(
     assert asked_for_models.results
     assert asked_for_models.errors == []
     asked = {key: value for key, value in long.items() if key != "model"}
-    assert streamed == [made_alone(tiny_bundle, asked)]
+    assert streamed == [as_stream(made_alone(tiny_bundle, asked))]
     assert running.names() == ["kept", "rolled", "added"]
     assert replicas("rushes-model-kept") == untouched
     assert len(replicas("rushes-model-rolled")) == 3
-    before, after = (made_alone(bundle, ASKED) for bundle in (tiny_bundle, Bundle.load(new)))
+    before, after = (as_stream(made_alone(bundle, ASKED)) for bundle in (tiny_bundle, Bundle.load(new)))
     assert before != after
     assert running.stream(**ASKED, model="kept") == before
     assert running.stream(**ASKED, model="rolled") == after

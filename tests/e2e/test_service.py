@@ -24,7 +24,7 @@ import ray
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from pipelines import opened_pipeline
+from pipelines import as_stream, made_alone
 from prometheus_client.parser import text_string_to_metric_families
 from queries import all_metrics
 from receiver import SECRET, Receiver, receiving
@@ -39,7 +39,6 @@ from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.store import SqlVideoStore, VideoStatus
 from serving.media.fmp4 import remux_to_mp4
 from serving.metrics import exported_names
-from serving.pipeline.request import make_spec
 from serving.pipeline.stages import Fragment
 from serving.tracing import trace_id_of
 
@@ -100,27 +99,6 @@ def running(
 def client(running: RunningService) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=running.service.url, timeout=120) as opened:
         yield opened
-
-
-def made_alone(bundle: Bundle, asked: dict[str, Any]) -> list[Fragment]:
-    """What one process without Ray makes of a request."""
-
-    async def make() -> list[Fragment]:
-        made: list[Fragment] = []
-
-        async def sink(fragment: Fragment) -> None:
-            made.append(fragment)
-
-        settings = dict(asked)
-        async with opened_pipeline(bundle) as pipeline:
-            await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
-        return made
-
-    return asyncio.run(make())
-
-
-def as_stream(made: list[Fragment]) -> bytes:
-    return made[0].init + b"".join(fragment.data for fragment in made)
 
 
 def as_file(made: list[Fragment], path: Path) -> bytes:
