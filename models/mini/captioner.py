@@ -41,7 +41,7 @@ class LatentEncoder(nn.Module):
         x = torch.cat([latents, latents - before], dim=1)
         x = x.reshape(batch, 2 * channels, frames, height // PATCH, PATCH, width // PATCH, PATCH)
         x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-        rows, columns = _waves(height // PATCH), _waves(width // PATCH)
+        rows, columns = (_waves(side // PATCH, x.device) for side in (height, width))
         place = torch.cat(
             [
                 rows[:, None].expand(-1, columns.shape[0], -1),
@@ -49,17 +49,17 @@ class LatentEncoder(nn.Module):
             ],
             dim=-1,
         )
-        x = self.patches(x) + self.places(place) + self.times(torch.arange(frames))[:, None, None]
+        x = self.patches(x) + self.places(place) + self.times(torch.arange(frames, device=x.device))[:, None, None]
         x = x.flatten(1, 3)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), torch.ones_like(x[..., 0], dtype=torch.int64)
 
 
-def _waves(count: int) -> Tensor:
+def _waves(count: int, device: torch.device) -> Tensor:
     """Sines and cosines of the places of `count` patches, as shares of the whole: `[count, 2 * _WAVES]`."""
-    share = (torch.arange(count) + 0.5) / count
-    angles = share[:, None] * (math.pi * 2.0 ** torch.arange(_WAVES))
+    share = (torch.arange(count, device=device) + 0.5) / count
+    angles = share[:, None] * (math.pi * 2.0 ** torch.arange(_WAVES, device=device))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

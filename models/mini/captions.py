@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -179,6 +180,7 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+@cache
 def build_tokenizer() -> Tokenizer:
     """A byte-level BPE trained on the captions: their words are one token each, and any other text still encodes."""
     rng = np.random.default_rng(0)

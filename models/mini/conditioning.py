@@ -24,8 +24,10 @@ class Captioned(nn.Module):
     def forward(self, prompts: list[str]) -> torch.Tensor:
         rows = [encoding.ids[:TEXT_LENGTH] for encoding in self.tokenizer.encode_batch(prompts)]
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = (torch.arange(longest)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
+        device = self.encoder.shared.weight.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(device)
+        lengths = torch.tensor([len(row) for row in rows]).to(device)
+        mask = (torch.arange(longest, device=device)[None] < lengths[:, None]).long()
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
         return nn.functional.pad(hidden, (0, 0, 0, TEXT_LENGTH - longest))
 

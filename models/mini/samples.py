@@ -32,9 +32,10 @@ def sample(
     text: Captioned, transformer: WanTransformer3DModel, prompts: list[str], frames: int, steps: int, guidance: float
 ) -> torch.Tensor:
     """Bidirectional samples `[batch, channels, frames, 8, 8]` of normalised latents."""
-    x = torch.randn(len(prompts), LATENT_CHANNELS, frames, 8, 8, generator=torch.Generator().manual_seed(0))
     states = torch.cat([text(prompts), text([""] * len(prompts))])
-    for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1))):
+    generator = torch.Generator().manual_seed(0)  # the CPU's: samples of every device begin alike
+    x = torch.randn(len(prompts), LATENT_CHANNELS, frames, 8, 8, generator=generator).to(states.device)
+    for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1)).to(states.device)):
         velocity = transformer(
             hidden_states=torch.cat([x, x]),
             timestep=(now * 1000).expand(2 * len(prompts)),
@@ -66,16 +67,19 @@ def roll_out(
     cache = None
     for chunk in range(chunks):
         x = torch.randn(len(prompts), LATENT_CHANNELS, window.chunk_frames, 8, 8, generator=generator)
+        x = x.to(states.device)
         cache = denoiser.empty_cache(rows, x) if cache is None else cache
-        index = torch.full((rows,), chunk)
-        for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1))):
+        index = torch.full((rows,), chunk, device=x.device)
+        for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1)).to(x.device)):
             latents = torch.cat([x, x]) if guided else x
             velocity, _ = denoiser(latents, (now * 1000).expand(rows), states, cache, index)
             if guided:
                 conditional, unconditional = velocity.chunk(2)
                 velocity = unconditional + guidance * (conditional - unconditional)
             x = x + (then - now) * velocity
-        _, clean = denoiser(torch.cat([x, x]) if guided else x, torch.zeros(rows), states, cache, index)
+        _, clean = denoiser(
+            torch.cat([x, x]) if guided else x, torch.zeros(rows, device=x.device), states, cache, index
+        )
         cache = denoiser.write(cache, clean, chunk)
         made.append(x)
     return torch.cat(made, 2)
@@ -90,11 +94,12 @@ def score_samples(folder: Path, sampler: Sampler, count: int) -> dict[str, float
 
     rng = np.random.default_rng(4)
     wanted = [draw(rng, held_out=True) for _ in range(count)]
-    vae = trained_vae(folder)
-    mean, std = (torch.tensor(v)[None, :, None, None, None] for v in latent_statistics(folder))
-    x = sampler([canonical(a) for a in wanted]) * std + mean
+    x = sampler([canonical(a) for a in wanted])
+    vae = trained_vae(folder).to(x.device)
+    mean, std = (torch.tensor(v).to(x.device)[None, :, None, None, None] for v in latent_statistics(folder))
+    x = x * std + mean
     decoded = torch.cat([vae.decode(part).sample for part in torch.split(x, 8)])
-    clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+    clips = (decoded.clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
     sheet = np.concatenate([np.concatenate(list(clip[:: len(clip) // 6]), 1) for clip in clips[:12]])
     Image.fromarray(sheet).save(folder / "samples.png")
     return {f"judged_{name}": share for name, share in accuracies(wanted, list(clips)).items()}

@@ -17,8 +17,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from models.mini.captions import build_tokenizer
+from models.mini.clips import LONG
 from models.mini.conditioning import Captioned
-from models.mini.latents import LONG
 from models.mini.mixed import Call, mixed
 from models.mini.networks import build_transformer
 from models.mini.samples import roll_out, score_samples, shifted
@@ -41,7 +41,7 @@ def load(run: Run, stage: str) -> tuple[Captioned, WanTransformer3DModel]:
     averaged = torch.load(run.folder / f"{stage}-averaged.pt", weights_only=True)
     text.load_state_dict(averaged["text"])
     transformer.load_state_dict(averaged["transformer"])
-    return text, transformer
+    return text.to(run.device), transformer.to(run.device)
 
 
 def noised(clean: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,9 +54,9 @@ def noised(clean: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torc
 @torch.no_grad()
 def relived(sequence: Call, clean: torch.Tensor, states: torch.Tensor, steps: int = 2) -> torch.Tensor:
     """`clean` as the model would have made it: noised part of the way, by video, and denoised in `steps`."""
-    start = torch.empty(len(clean), 1).uniform_(0.3, 0.8).expand(-1, CHUNKS)
+    start = torch.empty(len(clean), 1, device=clean.device).uniform_(0.3, 0.8).expand(-1, CHUNKS)
     x, _ = noised(clean, start)
-    for now, then in itertools.pairwise(torch.linspace(1, 0, steps + 1)):
+    for now, then in itertools.pairwise(1 - step / steps for step in range(steps + 1)):
         velocity = sequence(x, start * now * 1000, states, clean)
         x = x + (start[:, :1] * (then - now))[..., None, None, None] * velocity
     return x
@@ -64,17 +64,17 @@ def relived(sequence: Call, clean: torch.Tensor, states: torch.Tensor, steps: in
 
 def train_causal(run: Run) -> None:
     """Starts from the `dit` stage; wants latents of `LONG` frames."""
-    data = Normalised(run.folder, LONG)
+    data, sizes = Normalised(run.folder, LONG, run.device), run.recipe
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 6])
     text, transformer = load(run, "dit")
-    sequence = mixed(CausalSequence(transformer, WINDOW), run.compile)
+    sequence = mixed(CausalSequence(transformer, WINDOW), run.compile, run.device)
 
-    def step(index: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def step(index: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         forcing = index % 10 < 3  # both workers alike: neither waits for the other
-        batch = 8 if forcing else 4
+        batch = sizes.part if forcing else sizes.whole
         clean, prompts, _labels = data.draw(rng, batch, CHUNKS * WINDOW.chunk_frames)
         states = text(prompts)
-        sigma = noise_levels(batch * CHUNKS).view(batch, CHUNKS)
+        sigma = noise_levels(batch * CHUNKS, run.device).view(batch, CHUNKS)
         noisy, noise = noised(clean, sigma)
         if forcing:
             velocity = sequence(noisy, sigma * 1000, states)
@@ -82,10 +82,10 @@ def train_causal(run: Run) -> None:
             past = relived(sequence, clean, states) if progress > 0.5 and index % 2 else clean
             velocity = sequence(noisy, sigma * 1000, states, past)
         loss = (data.weight * (velocity - (noise - clean)).square()).mean()
-        return loss, {"forcing" if forcing else "teacher": loss.item()}
+        return loss, {"forcing" if forcing else "teacher": loss.detach()}
 
     def report(step: int) -> dict[str, float]:
-        if step % (5 * run.save_every):
+        if not run.judges(step):
             return {}
         return score_samples(
             run.folder, lambda prompts: roll_out(text, transformer, WINDOW, prompts, _SCORED_CHUNKS, 12, GUIDANCE), 12
@@ -96,22 +96,24 @@ def train_causal(run: Run) -> None:
 
 def train_distil(run: Run) -> None:
     """Starts from the `causal` stage, whose text encoder stays as it is."""
-    data = Normalised(run.folder, LONG)
+    data, sizes = Normalised(run.folder, LONG, run.device), run.recipe
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 8])
     text, taught = load(run, "causal")
     _, transformer = load(run, "causal")
     text.requires_grad_(False)
     taught.requires_grad_(False)
-    teacher, student = (mixed(CausalSequence(module, WINDOW), run.compile) for module in (taught, transformer))
+    teacher, student = (
+        mixed(CausalSequence(module, WINDOW), run.compile, run.device) for module in (taught, transformer)
+    )
 
-    def step(index: int, _: float) -> tuple[torch.Tensor, dict[str, float]]:
-        batch = 4
+    def step(index: int, _: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        batch = sizes.whole
         clean, prompts, _labels = data.draw(rng, batch, CHUNKS * WINDOW.chunk_frames)
         with torch.no_grad():
             states, unsaid = text(prompts), text([""] * batch)
             past = relived(student, clean, states) if index % 2 else clean
             # Which of the four steps, for each chunk, and the teacher's smaller ones on the way.
-            first = torch.randint(FEW_STEPS, (batch, CHUNKS))
+            first = torch.randint(FEW_STEPS, (batch, CHUNKS), device=run.device)
             path = [shifted(1 - (first + part / TEACHER_STEPS) / FEW_STEPS) for part in range(TEACHER_STEPS + 1)]
             start, _noise = noised(clean, path[0])
             x, twice = start, torch.cat([states, unsaid])
@@ -122,10 +124,10 @@ def train_distil(run: Run) -> None:
             target = (x - start) / _by_frame(path[-1] - path[0])
         velocity = student(start, path[0] * 1000, states, past)
         loss = (data.weight * (velocity - target).square()).mean()
-        return loss, {"distilled": loss.item()}
+        return loss, {"distilled": loss.detach()}
 
     def report(step: int) -> dict[str, float]:
-        if step % (5 * run.save_every):
+        if not run.judges(step):
             return {}
         return score_samples(
             run.folder, lambda prompts: roll_out(text, transformer, WINDOW, prompts, _SCORED_CHUNKS, FEW_STEPS, 1.0), 12

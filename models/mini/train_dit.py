@@ -13,6 +13,7 @@ from torch import nn
 
 from models.mini.captions import build_tokenizer, caption
 from models.mini.conditioning import Captioned, start_from
+from models.mini.device import placed
 from models.mini.latents import Latents, latent_statistics
 from models.mini.mixed import mixed
 from models.mini.networks import build_transformer
@@ -26,36 +27,43 @@ PROBED_BLOCK = 3
 PROBE_WEIGHT = 0.3
 
 
-def noise_levels(count: int) -> torch.Tensor:
+def noise_levels(count: int, device: torch.device) -> torch.Tensor:
     """`[count]` stratified logit-normal noise levels, shifted as the sampler's are."""
-    uniform = (torch.randperm(count) + torch.rand(count)) / count
+    uniform = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
     return shifted(torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-3, 1 - 1e-3) - 1)))
 
 
 class Normalised:
     """Cached clips as the denoiser sees them: drawn at random, each channel of mean 0 and variance 1."""
 
-    def __init__(self, folder: Path, frames: int) -> None:
-        self.data = Latents.load(folder, frames)
-        self._mean, self._std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1, 1) for v in latent_statistics(folder))
+    def __init__(self, folder: Path, frames: int, device: torch.device) -> None:
+        data = Latents.load(folder, frames)
+        self.attributes = data.attributes
+        self._latents, self._labels = placed(data.latents, device), placed(data.labels, device)
+        self.count, self.frames = self._latents.shape[0], self._latents.shape[2]
+        self._mean, self._std = (
+            torch.tensor(values).to(device).view(1, -1, 1, 1, 1) for values in latent_statistics(folder)
+        )
         # The sky is easy and the middle is where things move: weigh each place by how much it differs between clips.
-        spread = torch.from_numpy(self.data.latents[:512].astype(np.float32)).std(0).mean((0, 1))
-        by_frame = torch.ones(self.data.latents.shape[2])
+        spread = self._latents[:512].float().std(0).mean((0, 1))
+        by_frame = torch.ones(self.frames, device=device)
         by_frame[0] = 2.0  # the one latent frame of its kind, and the first that is seen
         self.weight = (0.3 + 0.7 * spread / spread.mean())[None, None, None] * by_frame[:, None, None]
 
     def draw(self, rng: np.random.Generator, count: int, frames: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """Latents `[count, channels, frames, 8, 8]`, a caption each (now and then none), and `token_labels`."""
-        chosen = rng.integers(len(self.data.latents), size=count)
+        chosen = rng.integers(self.count, size=count)
         clean = self.normalised(chosen)[:, :, :frames]
-        said = [caption(self.data.attributes[i], rng) for i in chosen]
+        said = [caption(self.attributes[i], rng) for i in chosen]
         prompts = ["" if rng.random() < CAPTION_DROPOUT else prompt for prompt in said]
-        labels = self.data.labels[chosen, :frames].astype(np.float32)
-        return clean, prompts, torch.from_numpy(labels)
+        return clean, prompts, self._labels[self._index(chosen), :frames].float()
 
     def normalised(self, chosen: NDArray[np.int64]) -> torch.Tensor:
         """These clips' latents `[chosen, channels, frames, 8, 8]`."""
-        return torch.from_numpy((self.data.latents[chosen].astype(np.float32) - self._mean) / self._std)
+        return (self._latents[self._index(chosen)].float() - self._mean) / self._std
+
+    def _index(self, chosen: NDArray[np.int64]) -> torch.Tensor:
+        return placed(chosen, self._latents.device)
 
 
 class Probe(nn.Module):
@@ -82,7 +90,7 @@ def train_dit(run: Run) -> None:
 
     From nothing: short clips (17 frames) for the first 60 % of the time, whole ones after.
     """
-    data = Normalised(run.folder, FRAMES)
+    data, sizes = Normalised(run.folder, FRAMES, run.device), run.recipe
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 5])
     tokenizer = build_tokenizer()
     text, transformer = Captioned(tokenizer), build_transformer()
@@ -91,13 +99,15 @@ def train_dit(run: Run) -> None:
     else:
         nn.init.zeros_(transformer.proj_out.weight)
         nn.init.zeros_(transformer.proj_out.bias)
-    probe = Probe(transformer)
-    denoise = mixed(transformer, run.compile)
+    text.to(run.device)
+    transformer.to(run.device)
+    probe = Probe(transformer).to(run.device)
+    denoise = mixed(transformer, run.compile, run.device)
 
-    def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        frames, batch = (5, 16) if progress < 0.6 and not run.start else (9, 12)
+    def step(_: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        frames, batch = (5, sizes.part) if progress < 0.6 and not run.start else (9, sizes.whole)
         clean, prompts, labels = data.draw(rng, batch, frames)
-        sigma = noise_levels(batch)
+        sigma = noise_levels(batch, run.device)
         noise = torch.randn_like(clean)
         s = sigma[:, None, None, None, None]
         velocity = denoise(
@@ -108,10 +118,10 @@ def train_dit(run: Run) -> None:
         )[0]
         flow = (data.weight[:, :, :frames] * (velocity - (noise - clean)).square()).mean()
         places = probe.loss(labels)
-        return flow + PROBE_WEIGHT * places, {f"loss{frames}": flow.item(), "places": places.item()}
+        return flow + PROBE_WEIGHT * places, {f"loss{frames}": flow.detach(), "places": places.detach()}
 
     def report(step: int) -> dict[str, float]:
-        if step % (5 * run.save_every):
+        if not run.judges(step):
             return {}
         return score_samples(run.folder, lambda prompts: sample(text, transformer, prompts, 9, 16, 2.0), 12)
 

@@ -28,15 +28,15 @@ def train_rewriter(run: Run) -> None:
     rewriter = Rewriter.untrained()
     index = {word: id for id, word in enumerate(rewriter.config["words"])}
 
-    def step(_: int, __: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def step(_: int, __: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         said = [_example(rng) for _ in range(BATCH)]
         choices = [int(rng.integers(CHOICES)) for _ in said]
         targets = [encode(canonical(complete(p, c)), index) for p, c in zip(said, choices, strict=True)]
         loss = rewriter.loss([p.text for p in said], targets, choices)
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
     def report(step: int) -> dict[str, float]:
-        return {} if step % (5 * run.save_every) else measure(rewriter, 200)
+        return measure(rewriter, 200) if run.judges(step) else {}
 
     train(run, {"rewriter": rewriter}, step, report)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from models.mini.latents import BLOCK, LONG, clips_of
+from models.mini.clips import BLOCK, LONG, clips_of
+from models.mini.device import placed
 from models.mini.networks import LATENT_CHANNELS
+from models.mini.pool import as_floats, cut
 from models.mini.render import render
+from models.mini.scene import HEIGHT
 from models.mini.train_dit import Normalised
-from models.mini.train_vae import to_tensor
 from models.mini.training import Run, train
 from models.tiny_decoder import TinyDecoder
 
@@ -21,9 +22,9 @@ from models.tiny_decoder import TinyDecoder
 WIDTHS, BLOCKS, STRIDES, PATCH = (64, 64, 32, 16), 2, (1, 2, 2), 2
 _WINDOW = 6  # latent frames
 _WARM = 2  # of a window in the middle of a clip: as long as they fill the memories they aren't judged
-# Latent cells of a crop each way, and clips a step. In the last part of the time pictures are whole, and one a step:
-# until then a crop's edge looks like the picture's.
-_CROP, _BATCH, _WHOLE_FROM = 4, 6, 0.75
+# Latent cells of a crop each way. In the last part of the time pictures are whole, and fewer a step: until then a
+# crop's edge looks like the picture's.
+_CROP, _WHOLE_FROM = 4, 0.75
 _CLIPS = 320  # rendered again, and held
 
 
@@ -31,51 +32,58 @@ def build_tiny_decoder() -> TinyDecoder:
     return TinyDecoder(LATENT_CHANNELS, WIDTHS, BLOCKS, STRIDES, PATCH)
 
 
-def _pictures(count: int) -> NDArray[np.uint8]:
-    """The clips `[count, frames, height, width, 3]` that the first cached latents are of."""
+def _pictures(run: Run, count: int) -> torch.Tensor:
+    """The clips uint8 `[count, frames, height, width, 3]` that the first cached latents are of."""
+    if LONG in run.rendered:
+        return placed(run.rendered[LONG].pictures[:count], run.device)
     blocks = [clips_of(first, LONG)[1] for first in range(0, count, BLOCK)]
-    return np.stack([render(scene) for block in blocks for scene in block])[:count]
+    return placed(np.stack([render(scene) for block in blocks for scene in block])[:count], run.device)
 
 
-def _crop(
-    latents: torch.Tensor, shown: NDArray[np.uint8], spatial: int, rng: np.random.Generator
-) -> tuple[torch.Tensor, NDArray[np.uint8]]:
-    """The one of two places where more is to be seen."""
-
-    def crop() -> tuple[torch.Tensor, NDArray[np.uint8]]:
-        row, column = rng.integers(latents.shape[-1] - _CROP + 1, size=2)
-        top, left, side = row * spatial, column * spatial, _CROP * spatial
-        part = latents[..., row : row + _CROP, column : column + _CROP]
-        return part, shown[:, top : top + side, left : left + side]
-
-    return max(crop(), crop(), key=lambda found: float(found[1][:: len(shown)].std()))
+def _cells(latents: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+    """Crops `[clips, channels, frames, _CROP, _CROP]` that begin at these cells `[clips, 2]`."""
+    across = torch.arange(_CROP, device=latents.device)
+    y, x = (corner[:, axis, None] + across for axis in (0, 1))
+    clip = torch.arange(len(latents), device=latents.device)[:, None, None]
+    return latents[clip, :, :, y[:, :, None], x[:, None, :]].permute(0, 3, 4, 1, 2)
 
 
 def train_tiny_decoder(run: Run) -> None:
     """Wants latents of `LONG` frames."""
-    data = Normalised(run.folder, LONG)
-    held = min(len(data.data.latents), _CLIPS) // run.workers
-    pictures = _pictures(held)
+    data, sizes = Normalised(run.folder, LONG, run.device), run.recipe
+    # What is rendered already is held all; what this would have to render isn't.
+    held = data.count if LONG in run.rendered else min(data.count, _CLIPS) // run.workers
+    pictures = _pictures(run, held)
     rng = np.random.default_rng([run.rank, int(run.state_path.exists()), 9])
-    decoder = build_tiny_decoder()
+    decoder = build_tiny_decoder().to(run.device)
 
-    def step(_index: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        start = 0 if rng.random() < 0.4 else int(rng.integers(1, data.data.latents.shape[2] - _WINDOW + 1))
+    def step(_index: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        start = 0 if rng.random() < 0.4 else int(rng.integers(1, data.frames - _WINDOW + 1))
         # The first latent frame is one picture.
         first = 1 + decoder.temporal * (start - 1 + _WARM) if start else 0
         unseen = decoder.temporal * _WARM if start else decoder.temporal - 1
         count = decoder.temporal * _WINDOW - unseen
-        rows, wanted = [], []
-        for clip in rng.integers(held, size=1 if progress > _WHOLE_FROM else _BATCH):
-            latents = data.normalised(np.array([clip]))[0, :, start : start + _WINDOW]
-            shown = pictures[clip, first : first + count]
-            if progress <= _WHOLE_FROM:
-                latents, shown = _crop(latents, shown, decoder.spatial, rng)
-            rows.append(latents)
-            wanted.append(shown)
-        made, _ = decoder.stream(torch.stack(rows), None)
-        error = made[:, :, unseen:] - to_tensor(np.stack(wanted)).add(1).div(2)
+        whole = progress > _WHOLE_FROM
+        chosen = rng.integers(held, size=sizes.whole if whole else sizes.part)
+        latents = data.normalised(chosen)[:, :, start : start + _WINDOW]
+        clip, at = placed(chosen, run.device), torch.full((len(chosen),), first, device=run.device)
+        if whole:
+            corner = torch.zeros(len(chosen), 2, dtype=torch.int64, device=run.device)
+            shown = cut(pictures, clip, at, corner, count, HEIGHT)
+        else:
+            side, room = _CROP * decoder.spatial, latents.shape[-1] - _CROP
+            # Of two places the one where more is to be seen.
+            one, other = placed(rng.integers(room + 1, size=(2, len(chosen), 2)), run.device)
+            seen, beside = (
+                cut(pictures, clip, at, place * decoder.spatial, 1, side).float().std((1, 2, 3, 4))
+                for place in (one, other)
+            )
+            corner = torch.where((seen > beside)[:, None], one, other)
+            latents = _cells(latents, corner)
+            shown = cut(pictures, clip, at, corner * decoder.spatial, count, side)
+        made, _ = decoder.stream(latents, None)
+        error = made[:, :, unseen:] - as_floats(shown).add(1).div(2)
         loss = error.square().mean() + 0.05 * error.abs().mean()
-        return loss, {"db": -10 * float(torch.log10(error.detach().square().mean()))}
+        return loss, {"db": -10 * torch.log10(error.detach().square().mean())}
 
     train(run, {"tiny_decoder": decoder}, step, lambda _step: {})

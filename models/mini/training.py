@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,23 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
+from models.mini.clips import Rendered, follow_parent
+from models.mini.device import CPU, Recipe, recipe
+from models.mini.keep import Keep
 from models.mini.muon import Muon, split
+
+# So many steps in a row without a finite gradient, and a stage ends.
+PATIENCE = 20
 
 
 @dataclass
 class Run:
-    """One stage of training: where it is kept, for how long it may train, and which worker this is."""
+    """One stage of training: where it is kept, for how long it may train, and which worker this is.
+
+    It is saved every `save_every` steps, or every `save_seconds` if these are given: then no samples are judged, and
+    nothing is saved to resume it with. `rendered` are clips that other processes render, by frames.
+    `begun`: when its time began, as `time.monotonic` has it; by default with the first step.
+    """
 
     folder: Path
     stage: str
@@ -38,14 +49,31 @@ class Run:
     save_every: int = 100
     start: Path | None = None  # a diffusers checkpoint whose weights a new stage begins with
     compile: bool = False  # the denoiser: a minute or two at first, then steps in two thirds of the time
+    device: torch.device = CPU
+    begun: float | None = None
+    save_seconds: float | None = None
+    keep: Keep | None = None
+    rendered: Mapping[int, Rendered] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    ended: bool = False
+    diverged: bool = False
 
     @property
     def state_path(self) -> Path:
         return self.folder / f"{self.stage}.pt"
 
+    @property
+    def recipe(self) -> Recipe:
+        return recipe(self.device, self.stage)
 
-Step = Callable[[int, float], tuple[torch.Tensor, dict[str, float]]]
+    def judges(self, step: int) -> bool:
+        """Whether samples are judged when this step is saved: that takes a while."""
+        return not self.save_seconds and step % (5 * self.save_every) == 0
+
+
+# A step's number and the share of the time that is used, to its loss and what is told of it: scalars.
+Step = Callable[[int, float], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def spawn(worker: Callable[..., None], run: Run, *args: Any) -> None:
@@ -57,20 +85,13 @@ def spawn(worker: Callable[..., None], run: Run, *args: Any) -> None:
 
 
 def _enter(rank: int, worker: Callable[..., None], run: Run, meeting: str, args: tuple[Any, ...]) -> None:
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     torch.manual_seed(1000 + rank)
     run.rank = rank
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=run.workers)
     worker(run, *args)
     dist.destroy_process_group()
-
-
-def _follow_parent(parent: int) -> None:
-    """A killed parent takes its workers with it; multiprocessing alone would leave them training."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 class Average:
@@ -108,24 +129,25 @@ def train(run: Run, modules: dict[str, nn.Module], step_fn: Step, report: Callab
     average = Average(parameters)
     step, used = 0, 0.0
     if run.state_path.exists():
-        state = torch.load(run.state_path, map_location="cpu", weights_only=True)
+        state = torch.load(run.state_path, map_location=run.device, weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         optimizer.load_state_dict(state["optimizer"])
         average.shadow = state["average"]
         step, used = state["step"], state["seconds"]
         run.history = state["history"]
-    for parameter in parameters:
-        dist.broadcast(parameter.data, 0)
+    if run.workers > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.data, 0)
     bar = tqdm(total=run.minutes * 60, initial=used, unit="s", disable=run.rank != 0, mininterval=5)
-    begun = time.monotonic() - used
-    losses: dict[str, list[float]] = {}
-    while True:
-        clock = torch.tensor([time.monotonic() - begun])
-        dist.broadcast(clock, 0)  # every worker stops at the same step
-        used = float(clock)
+    begun = time.monotonic() - used if run.begun is None else run.begun
+    saved = time.monotonic()
+    losses: dict[str, list[torch.Tensor]] = {}
+    wrong = 0
+    while wrong < PATIENCE:
+        used = _clock(run, begun)
         progress = used / (run.minutes * 60)
-        if progress >= 1:
+        if progress >= 1 and step:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, step, run.learning_rate)
@@ -135,8 +157,12 @@ def train(run: Run, modules: dict[str, nn.Module], step_fn: Step, report: Callab
         _share_gradients(parameters, run.workers)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if torch.isfinite(norm):
-            optimizer.step()
+            # Before the step, so that only weights whose gradient was finite are ever averaged, and so saved.
             average.update(step)
+            optimizer.step()
+            wrong = 0
+        else:
+            wrong += 1
         for key, value in parts.items():
             losses.setdefault(key, []).append(value)
         step += 1
@@ -144,17 +170,38 @@ def train(run: Run, modules: dict[str, nn.Module], step_fn: Step, report: Callab
             _record(run, step, used, losses)
             bar.n = int(used)
             bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in run.history[-1].items() if k != "seconds"))
-            if step % run.save_every == 0:
-                _save(run, modules, optimizer, average, step, used, report)
+        if run.rank == 0 and _due(run, step, time.monotonic() - saved):
+            if losses:
+                _record(run, step, used, losses)
+            _save(run, modules, optimizer, average, step, used, report)
+            saved = time.monotonic()
+    run.steps, run.ended, run.diverged = step, True, wrong == PATIENCE
+    if not run.diverged and all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        average.update(step)
     if run.rank == 0:
-        if losses and not run.history:  # a run so short that it has told nothing yet
+        if losses:
             _record(run, step, used, losses)
         _save(run, modules, optimizer, average, step, used, report)
     bar.close()
 
 
-def _record(run: Run, step: int, used: float, losses: dict[str, list[float]]) -> None:
-    run.history.append({"step": step, "seconds": used} | {k: float(np.mean(v)) for k, v in losses.items()})
+def _clock(run: Run, begun: float) -> float:
+    """Seconds since `begun`, the same for all workers: they stop at the same step."""
+    seconds = time.monotonic() - begun
+    if run.workers == 1:
+        return seconds
+    clock = torch.tensor([seconds])
+    dist.broadcast(clock, 0)
+    return float(clock)
+
+
+def _due(run: Run, step: int, seconds: float) -> bool:
+    return seconds >= run.save_seconds if run.save_seconds else step % run.save_every == 0
+
+
+def _record(run: Run, step: int, used: float, losses: dict[str, list[torch.Tensor]]) -> None:
+    means = {name: float(torch.stack(values).mean()) for name, values in losses.items()}
+    run.history.append({"step": step, "seconds": used} | means)
     losses.clear()
 
 
@@ -182,22 +229,30 @@ def _save(
 ) -> None:
     average.swap()
     try:
-        run.history[-1].update(report(step))
-        averaged = {name: module.state_dict() for name, module in modules.items()}
+        # On the CPU, so that whatever loads them needs no GPU.
+        averaged = {
+            name: {key: value.cpu() for key, value in module.state_dict().items()} for name, module in modules.items()
+        }
         _replace(run.folder / f"{run.stage}-averaged.pt", averaged)
+        if run.keep:
+            run.keep.weights(run.stage)
+        run.history[-1].update(report(step))
     finally:
         average.swap()
-    state = {
-        "modules": {name: module.state_dict() for name, module in modules.items()},
-        "optimizer": optimizer.state_dict(),
-        "average": average.shadow,
-        "step": step,
-        "seconds": used,
-        "history": run.history,
-    }
-    _replace(run.state_path, state)
+    if not run.save_seconds:
+        state = {
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "average": average.shadow,
+            "step": step,
+            "seconds": used,
+            "history": run.history,
+        }
+        _replace(run.state_path, state)
     (run.folder / f"{run.stage}.json").write_text(json.dumps(run.history))
     plot(run.history, run.folder / f"{run.stage}.png")
+    if run.keep:
+        run.keep.rest()
     print(run.stage, run.history[-1], flush=True)
 
 

@@ -103,7 +103,7 @@ class WordDecoder(nn.Module):
         self.head = nn.Linear(width, words)
 
     def forward(self, ids: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        place = torch.arange(ids.shape[1])
+        place = torch.arange(ids.shape[1], device=ids.device)
         causal = place[:, None] >= place[None]
         seen = memory_mask[:, None, None].bool()
         x = self.embedding(ids) + self.places(place)
@@ -114,16 +114,16 @@ class WordDecoder(nn.Module):
     def loss(self, memory: Tensor, memory_mask: Tensor, targets: list[list[int]], starts: Sequence[int]) -> Tensor:
         """Mean cross-entropy of the targets' ids (which end with `END`)."""
         length = max(map(len, targets))
-        wanted = torch.tensor([ids + [PAD] * (length - len(ids)) for ids in targets])
-        begun = torch.tensor(starts)[:, None] + self.words
+        wanted = torch.tensor([ids + [PAD] * (length - len(ids)) for ids in targets]).to(memory.device)
+        begun = torch.tensor(starts).to(memory.device)[:, None] + self.words
         logits = self(torch.cat([begun, wanted[:, :-1]], dim=1), memory, memory_mask)
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD)
 
     @torch.no_grad()
     def greedy(self, memory: Tensor, memory_mask: Tensor, starts: Sequence[int]) -> list[list[int]]:
         """The likeliest word after the likeliest word, without the end mark."""
-        ids = torch.tensor(starts)[:, None] + self.words
-        ended = torch.zeros(len(starts), dtype=torch.bool)
+        ids = torch.tensor(starts).to(memory.device)[:, None] + self.words
+        ended = torch.zeros(len(starts), dtype=torch.bool, device=memory.device)
         while ids.shape[1] < MAX_WORDS and not ended.all():
             following = self(ids, memory, memory_mask)[:, -1].argmax(-1)
             following[ended] = END

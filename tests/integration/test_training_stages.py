@@ -11,8 +11,8 @@ import torch.distributed as dist  # noqa: E402
 from diffusers import WanTransformer3DModel  # noqa: E402
 
 from export.settings import CheckpointSettings  # noqa: E402
+from models.mini import clips, train_causal, train_dit  # noqa: E402
 from models.mini import latents as cached  # noqa: E402
-from models.mini import train_causal, train_dit  # noqa: E402
 from models.mini.checkpoint import assemble, save  # noqa: E402
 from models.mini.conditioning import Captioned, start_from  # noqa: E402
 from models.mini.networks import build_transformer, build_vae  # noqa: E402
@@ -30,10 +30,10 @@ def alone(tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A run with an untrained VAE, a few short and long clips, and no time for pictures."""
-    monkeypatch.setattr(cached, "BLOCK", 2)
+    monkeypatch.setattr(clips, "BLOCK", 2)
     torch.manual_seed(0)
     torch.save({"vae": build_vae().state_dict()}, tmp_path / "vae-averaged.pt")
-    for frames in (33, cached.LONG):
+    for frames in (33, clips.LONG):
         cached.cache_latents(Run(tmp_path, "latents", 0), 1, frames)
     for module in (train_dit, train_causal):
         monkeypatch.setattr(module, "score_samples", lambda *_: {})
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_stages_follow_each_other(alone, folder):
-    data = cached.Latents.load(folder, cached.LONG)
+    data = cached.Latents.load(folder, clips.LONG)
     assert data.latents.shape == (2, 32, 18, 8, 8)
     assert data.labels.shape[:2] == (2, 18)
     for stage, train in (

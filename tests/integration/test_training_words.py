@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="training needs the export extra")
 
 import torch.distributed as dist  # noqa: E402
 
-from models.mini import train_captioner, train_rewriter  # noqa: E402
+from models.mini import device, train_captioner, train_rewriter  # noqa: E402
 from models.mini.captioner import Captioner  # noqa: E402
 from models.mini.captions import canonical  # noqa: E402
 from models.mini.checkpoint import save_words  # noqa: E402
@@ -28,7 +28,7 @@ def alone(tmp_path):
 def test_both_train_go_on_and_become_part_of_a_checkpoint(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rewriter, "BATCH", 4)
     monkeypatch.setattr(train_rewriter, "measure", lambda *_: {"measured": 1.0})
-    monkeypatch.setattr(train_captioner, "BATCH", 4)
+    monkeypatch.setitem(device.RECIPES["cpu"], "captioner", device.Recipe(1e-3, 4, 4))
     rng = np.random.default_rng(0)
     clips = [draw(rng) for _ in range(10)]
     path = tmp_path / "latents-33" / "000000.npz"

@@ -8,8 +8,11 @@ torch = pytest.importorskip("torch", reason="training needs the export extra")
 
 import torch.distributed as dist  # noqa: E402
 
-from models.mini.mixed import has_bf16, mixed  # noqa: E402
+from models.mini import training  # noqa: E402
+from models.mini.device import has_bf16  # noqa: E402
+from models.mini.mixed import mixed  # noqa: E402
 from models.mini.muon import orthogonal  # noqa: E402
+from models.mini.pool import cut  # noqa: E402
 from models.mini.training import Average, Run, learning_rate, train  # noqa: E402
 
 
@@ -28,7 +31,7 @@ def fit(folder, minutes):
     def step(index, progress):
         x = torch.randn(64, 2)
         loss = (module(x) - x.sum(1, keepdim=True)).square().mean()
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
     train(run, {"line": module}, step, lambda index: {"weight": module.weight[0, 0].item()})
     return json.loads((folder / "line.json").read_text())
@@ -105,3 +108,33 @@ def test_orthogonal_has_singular_values_near_one():
         values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
         assert values.min() > 0.6
         assert values.max() < 1.3
+
+
+def test_matrices_of_one_shape_go_together_and_stay_themselves():
+    torch.manual_seed(0)
+    stack = torch.randn(3, 16, 40)
+    torch.testing.assert_close(orthogonal(stack)[1], orthogonal(stack[1]), atol=0.02, rtol=0)
+
+
+def test_pieces_are_cut_where_they_are_asked_for():
+    clips = torch.arange(2 * 5 * 8 * 8 * 3).view(2, 5, 8, 8, 3)
+    which, start, corner = torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([[1, 4], [3, 0]])
+    pieces = cut(clips, which, start, corner, 3, 4)
+    assert torch.equal(pieces[0], clips[1, 2:5, 1:5, 4:8])
+    assert torch.equal(pieces[1], clips[0, 0:3, 3:7, 0:4])
+
+
+def test_weights_whose_gradient_is_not_finite_are_never_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PATIENCE", 3)
+    module = torch.nn.Linear(2, 1)
+    run = Run(tmp_path, "line", 1, learning_rate=1e-2)
+    ratios = iter([1.0, 1.0, 1.0, *[float("nan")] * 9])
+
+    def step(index, progress):
+        loss = module(torch.randn(64, 2)).square().mean() * next(ratios)
+        return loss, {"loss": loss.detach()}
+
+    train(run, {"line": module}, step, lambda index: {})
+    assert (run.steps, run.diverged) == (6, True)
+    averaged = torch.load(tmp_path / "line-averaged.pt", weights_only=True)["line"]
+    assert all(value.isfinite().all() for value in averaged.values())
