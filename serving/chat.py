@@ -8,8 +8,8 @@ import os
 import httpx
 
 from models.bundle import Bundle
-from serving.config import RewriterConfig
 from serving.pipeline.rewriting import OnnxRewriter, Rewriter
+from serving.stage_config import RewriterConfig
 
 _log = logging.getLogger(__name__)
 

@@ -31,7 +31,11 @@ class Page:
         self.page = page
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        page.on("console", self._hear)
+
+    def _hear(self, said: Any) -> None:
+        if said.type == "error":
+            self.errors.append(f"{said.text} ({said.location.get('url')})")
 
     async def until(self, condition: str) -> None:
         """Bounded by the test's own time limit. Asked from outside: the page's policy allows no `eval` in it."""

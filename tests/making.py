@@ -8,9 +8,10 @@ import httpx
 import numpy as np
 from service import Service
 
+from serving.jobs.artifacts import video_key
 from serving.jobs.fragment_log import FragmentLog, LogWriter
 from serving.jobs.store import Video
-from serving.media.fmp4 import Codec, EncodedFragment, encode_fragment
+from serving.media.fmp4 import Codec, EncodedFragment, encode_fragment, remux_to_mp4
 
 FPS = 16
 CHUNKS = ((0, 9), (9, 21), (21, 33), (33, 45))
@@ -54,7 +55,11 @@ class Making:
 
     async def complete(self) -> None:
         await self.writer.close()
-        await self.service.store.complete(self.id, self.video.fence)
+        log, artifacts = self.writer.log, self.service.artifacts
+        with artifacts.scratch() as path:
+            remux_to_mp4(log.init(), log.fragments(), path)
+            made = {"video.mp4": artifacts.put(video_key(self.id, "video.mp4"), path)}
+        await self.service.store.complete(self.id, self.video.fence, artifacts=made)
 
     async def fail(self, *, in_log: bool = True) -> None:
         if in_log:

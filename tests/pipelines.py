@@ -17,8 +17,10 @@ from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
 from serving.pipeline.rewriting import OnnxRewriter
-from serving.pipeline.stages import Fragment
+from serving.pipeline.stages import DenoiseRequest, Fragment, VideoSpec
 from serving.pipeline.text import EngineTextEncoder
+
+PROMPT = "a red ball bouncing on a sand floor at sunset"
 
 
 @cache
@@ -60,19 +62,42 @@ def opened_pipeline(bundle: Bundle) -> LocalPipeline:
     )
 
 
+def small_spec(bundle: Bundle, prompt: str = PROMPT, **asked: Any) -> VideoSpec:
+    """Of a video that is soon made, the same every time: as small as may be, and of the prompt as it is."""
+    side = bundle.manifest.limits.min_side
+    defaults = {"seed": 7, "num_inference_steps": 3, "size": f"{side}x{side}", "rewrite_prompt": False}
+    return make_spec(bundle.manifest, prompt, **{**defaults, **asked})
+
+
+async def request_of(pipeline: LocalPipeline, spec: VideoSpec, video_id: str = "video") -> DenoiseRequest:
+    """With both texts, whether its guidance needs them or not."""
+    encode = pipeline.text_encoder.encode
+    return DenoiseRequest(video_id, spec, await encode(spec.prompt), await encode(spec.negative_prompt))
+
+
+async def fragments_of(pipeline: LocalPipeline, spec: VideoSpec) -> list[Fragment]:
+    """In the order in which they come out."""
+    fragments: list[Fragment] = []
+
+    async def sink(fragment: Fragment) -> None:
+        fragments.append(fragment)
+
+    await pipeline.generate(spec, sink)
+    return fragments
+
+
+def idle(pipeline: LocalPipeline) -> bool:
+    """Whether no video holds memory in it."""
+    return pipeline.denoiser.sessions == 0 and pipeline.decoder.sessions == 0
+
+
 def made_alone(bundle: Bundle, asked: dict[str, Any]) -> list[Fragment]:
     """What one process without Ray makes of a request."""
 
     async def make() -> list[Fragment]:
-        made: list[Fragment] = []
-
-        async def sink(fragment: Fragment) -> None:
-            made.append(fragment)
-
         settings = dict(asked)
         async with opened_pipeline(bundle) as pipeline:
-            await pipeline.generate(make_spec(bundle.manifest, settings.pop("prompt"), **settings), sink)
-        return made
+            return await fragments_of(pipeline, make_spec(bundle.manifest, settings.pop("prompt"), **settings))
 
     return asyncio.run(make())
 

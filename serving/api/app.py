@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
+from starlette.types import Lifespan
 
 from models.bundle import Bundle
 from serving.api.auth import Gate
@@ -28,10 +29,11 @@ from serving.api.realtime import realtime_router
 from serving.api.references import references_router
 from serving.api.streams import streams_router
 from serving.api.videos import videos_router
-from serving.config import RealtimeConfig, RewriterConfig
+from serving.config import RealtimeConfig
 from serving.jobs.estimates import Estimates
 from serving.jobs.storage import Storage
 from serving.pipeline.interactive import LiveStages
+from serving.stage_config import RewriterConfig
 
 
 def create_api(
@@ -50,15 +52,16 @@ def create_api(
     stages: Mapping[str, LiveStages] | None = None,
     realtime: RealtimeConfig | None = None,
     places: Places | None = None,
+    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """Everything under `/v1`, `/health`, and the page at `/`.
 
     `wake` tells the runners that there is a new video in the store, or one to stop; `aliases` are other names for
     models; `require_keys` lets in only who has an API key; `ask_stages` says what there is of the stages.
     `stages` are what interactive sessions are made by, for each model that is to have them, and `places` where those
-    are; without it nobody but their clients ends them.
+    are; without it nobody but their clients ends them. `lifespan` is around all that the application serves.
     """
-    app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False)
+    app = FastAPI(title="Rushes", version=version("rushes"), redirect_slashes=False, lifespan=lifespan)
     with_files = dict.fromkeys(TAKE_FILES, max_body_bytes + references.max_body_bytes)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, larger={FILES_PATH: max_file_bytes, **with_files})
     install_error_handlers(app)

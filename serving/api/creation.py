@@ -98,6 +98,7 @@ def new_spec(body: CreateVideoRequest, catalog: Catalog) -> VideoSpec:
             scene_prompts=body.scene_prompts,
             guidance_interval=body.guidance_interval,
             cache=body.cache,
+            guidance_cache=body.guidance_cache,
             lora=body.lora,
             codec=body.codec,
             decoder=body.decoder,

@@ -14,7 +14,7 @@ from models.bundle import LimitsInfo
 from serving.api.models import Catalog
 from serving.media.fmp4 import CODECS
 from serving.pipeline.request import MAX_BEST_OF, MAX_GUIDANCE_SCALE, MAX_LORA_SCALE, MAX_SEED, MIN_GUIDANCE_SCALE
-from serving.pipeline.shortcuts import CACHES
+from serving.pipeline.shortcuts import CACHES, GUIDANCE_CACHES
 from serving.pipeline.stages import DECODERS
 
 _JSON, _FORM = "application/json", "multipart/form-data"
@@ -109,6 +109,7 @@ def _limits(catalog: Catalog, webhooks: bool) -> dict[str, dict[str, Any]]:
             "maxItems": 2,
         },
         "cache": {"type": "string", "enum": [*CACHES]},
+        "guidance_cache": {"type": "string", "enum": [*GUIDANCE_CACHES]},
         "best_of": {"type": "integer", "minimum": 1, "maximum": MAX_BEST_OF if chooses else 1},
         "rewrite_prompt": {"type": "boolean"} if rewrites else {"type": "boolean", "enum": [False]},
         "scene_prompts": {"type": "array", "items": scene, "maxItems": 100 if causal else 0},

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from models.bundle import MANIFEST, Bundle, Manifest
 from serving.api.errors import ApiError
 from serving.api.schemas import ModelList, ModelObject, model_object
-from serving.config import RewriterConfig
+from serving.stage_config import RewriterConfig
 
 
 @dataclass(frozen=True, slots=True)

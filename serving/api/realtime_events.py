@@ -55,6 +55,7 @@ class SessionSettings(PromptChange):
     decoder: str | None = None
     guidance_interval: list[float] | None = None
     cache: str | None = None
+    guidance_cache: str | None = None
     lora: Any = None
 
     @field_validator("negative_prompt")

@@ -126,6 +126,7 @@ def references_router(
             best_of=request.get("best_of", 1),
             guidance_interval=request.get("guidance_interval"),
             cache=request.get("cache"),
+            guidance_cache=request.get("guidance_cache"),
             lora=[{"name": name, "scale": scale} for name, scale in request.get("lora", ())]
             if body.lora is None
             else body.lora,

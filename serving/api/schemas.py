@@ -56,6 +56,11 @@ class CreateVideoRequest(BaseModel):
         default=None,
         description="`fast` or `faster`: ask the model in fewer of the steps, at some cost in quality; `off` if null.",
     )
+    guidance_cache: str | None = Field(
+        default=None,
+        description="`alternate`: in every second guided step from the third on, make do with what "
+        "the guidance of the one before was; `off` if null.",
+    )
     rewrite_prompt: bool | None = Field(
         default=None, description="Whether a loose prompt is made a detailed one first; the service's default if null."
     )
@@ -210,6 +215,7 @@ class VideoObject(BaseModel):
     best_of: int
     guidance_interval: tuple[float, float]
     cache: str
+    guidance_cache: str
     scene_prompts: list[ScenePrompt]
     lora: list[LoraScale]
     codec: str
@@ -242,6 +248,7 @@ def video_object(video: Video, *, estimated_seconds_left: float | None = None) -
         best_of=video.request.get("best_of", 1),
         guidance_interval=video.request.get("guidance_interval", (0.0, 1.0)),
         cache=video.request.get("cache", "off"),
+        guidance_cache=video.request.get("guidance_cache", "off"),
         scene_prompts=[
             ScenePrompt(start_seconds=start, prompt=prompt) for start, prompt in video.request.get("scene_prompts", ())
         ],

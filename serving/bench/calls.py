@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, GraphName
-from serving.config import ServiceConfig, StageConfig
+from serving.config import ServiceConfig
 from serving.engines.engine import Array, Engine, arrays_of
 from serving.engines.opening import Opener
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.sessions import open_session
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, TextEmbedding, VideoSpec
 from serving.pipeline.text import EngineTextEncoder
+from serving.stage_config import StageConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from serving.bench.calls import Call, Engines, VideoCalls, replay
 from serving.bench.statistics import Spread
 from serving.bench.tables import seconds, spread, table
 from serving.config import ServiceConfig
+from serving.engines.opening import provider_here
 from serving.media.fmp4 import encode_fragment
 from serving.pipeline.request import decoders_of, make_spec
 from serving.pipeline.stages import DecoderName, VideoSpec
@@ -140,7 +141,7 @@ def providers(config: ServiceConfig) -> str:
     """What runs the stages, and with how many threads."""
     stages = {"text encoder": config.text_encoder, "denoiser": config.denoiser, "decoder": config.decoder}
     said = {
-        name: f"{stage.provider} with {stage.threads} thread{'s' if stage.threads > 1 else ''}"
+        name: f"{provider_here(stage.provider)} with {stage.threads} thread{'s' if stage.threads > 1 else ''}"
         for name, stage in stages.items()
     }
     if len(set(said.values())) == 1:

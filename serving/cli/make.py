@@ -41,6 +41,12 @@ def generate(
     cache: Annotated[
         str | None, typer.Option(help="fast or faster: ask the model in fewer of the steps, at some cost in quality.")
     ] = None,
+    guidance_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="alternate: from the third guided step on, every second one has no unconditional pass; not exact."
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[:SCALE]", help="One of the bundle's LoRAs, and how much of it; may be repeated."),
@@ -76,6 +82,7 @@ def generate(
             best_of=best_of,
             scene_prompts=[_scene(text) for text in scene or ()],
             cache=cache,
+            guidance_cache=guidance_cache,
             lora=[_lora(text) for text in lora or ()],
             codec=codec,
             decoder=decoder,

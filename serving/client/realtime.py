@@ -64,7 +64,13 @@ class AsyncRealtime:
         url = str(self._url.copy_with(scheme=scheme))
         try:
             self._socket = await connect(
-                url, additional_headers=self._headers, max_size=_LARGEST_MESSAGE_BYTES, proxy=None
+                url,
+                additional_headers=self._headers,
+                max_size=_LARGEST_MESSAGE_BYTES,
+                # The service sends no more than what its buffer may be ahead of what was acknowledged. And a queue that
+                # is full isn't read any more: whoever leaves then would wait 10 s for the answer to their goodbye.
+                max_queue=None,
+                proxy=None,
             )
         except (OSError, InvalidHandshake, TimeoutError) as error:
             raise Unreachable(f"no session could be opened: {error}") from error

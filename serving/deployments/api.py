@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from fastapi import FastAPI
 from ray import serve
+from starlette.types import Lifespan
 
 from models.bundle import Bundle
 from serving.api.app import create_api
@@ -41,6 +42,7 @@ def front(
     wake: Wake,
     ask_stages: AskStages,
     places: Places | None = None,
+    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """The API as `config` wants it."""
     return create_api(
@@ -58,6 +60,7 @@ def front(
         stages=stages,
         realtime=config.realtime,
         places=places,
+        lifespan=lifespan,
     )
 
 

@@ -14,14 +14,16 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from models.bundle import Bundle
-from serving.config import ServiceConfig, StageConfig, parse_config
+from serving.config import ServiceConfig, parse_config
 from serving.deployments.api import ApiDeployment
 from serving.deployments.crew import RunnerDeployment
 from serving.deployments.decoder import DecoderDeployment
 from serving.deployments.denoiser import DenoiserDeployment
+from serving.deployments.door import CLOSE_SECONDS
 from serving.deployments.fused import FusedDeployment
 from serving.deployments.remote import StageHandles, StageName, stage_name
 from serving.deployments.text_encoder import TextEncoderDeployment
+from serving.stage_config import StageConfig
 
 # Equal session ids go to one replica. A busy replica is waited for: elsewhere there is no causal cache.
 _STICKY = RequestRouterConfig(
@@ -31,6 +33,8 @@ _STICKY = RequestRouterConfig(
 # Ray's default of 20 tries at a constructor takes minutes to say that a bundle is broken.
 _CONSTRUCTOR_TRIES = 2
 _SHUTDOWN_LOOK_SECONDS = 0.2
+# A replica that has failed and doesn't close its door by itself is killed after so long.
+_DOOR_SECONDS = 5.0 * CLOSE_SECONDS
 # How soon Ray sees that a replica has died, and starts another; its default is 10 s.
 _HEALTH_LOOK_SECONDS = 2.0
 # Load is averaged over so long before anything is decided by it; Ray's 30 s would be most of a short video.
@@ -53,17 +57,22 @@ def build_app(config: ServiceConfig | Mapping[str, Any] | None = None) -> Applic
     return build_api(config, build_runner(config, stages, retiring), stages)
 
 
-def build_fused(config: ServiceConfig) -> Application:
-    """Everything in one replica. An old one ends before a new one begins: it would take videos that it doesn't know."""
+def build_fused(config: ServiceConfig, *, door: bool = False) -> Application:
+    """Everything in one replica. An old one ends before a new one begins: it would take videos that it doesn't know.
+
+    With a `door` it listens itself at the configuration's `host` and `port`, and no proxy is needed.
+    """
+    # A replica with a door is never replaced but for its failing, and the next one needs the port.
+    grace = _DOOR_SECONDS if door else max(config.graceful_shutdown_seconds, config.realtime.max_seconds)
     application: Application = _deployment(
         serve.ingress()(FusedDeployment),
         "fused",
         config,
         num_replicas=1,
         max_ongoing_requests=config.api.max_ongoing_requests,
-        graceful_shutdown_timeout_s=max(config.graceful_shutdown_seconds, config.realtime.max_seconds),
+        graceful_shutdown_timeout_s=grace,
         ray_actor_options=_asked(config.cores(), config.gpus(), config.all_labels()),
-    ).bind(config)
+    ).bind(config, door=door)
     return application
 
 

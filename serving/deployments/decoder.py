@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from serving.config import DecoderConfig, ObservabilityConfig
+from serving.config import ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
 from serving.deployments.opening import open_decoder
@@ -18,6 +18,7 @@ from serving.logs import about
 from serving.pipeline.encoding import EngineEncoder
 from serving.pipeline.pace import StageState
 from serving.pipeline.stages import EncodedSource, Fragment, LatentChunk, VideoSpec, same_bundle
+from serving.stage_config import DecoderConfig
 from serving.tracing import NOWHERE, Carrier, span
 
 

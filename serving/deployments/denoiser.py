@@ -14,7 +14,7 @@ from typing import Any
 from ray.exceptions import ActorDiedError, RayError
 
 from models.bundle import Bundle
-from serving.config import DenoiserConfig, ObservabilityConfig
+from serving.config import ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
 from serving.deployments.opening import open_denoiser
@@ -22,6 +22,7 @@ from serving.deployments.scaling import stats_of
 from serving.pipeline.pace import StageState
 from serving.pipeline.scheduler import TraceLine
 from serving.pipeline.stages import DenoiseEvent, DenoiseRequest, Steering, StepDone, same_bundle
+from serving.stage_config import DenoiserConfig
 from serving.tracing import Open
 
 _LOOK_SECONDS = 2.0

@@ -59,7 +59,7 @@ class Fleet:
         config = config.resolved()
         models = _models_of(config)
         if config.fused:
-            self._serve.run_many([self._target(build_fused(config), API, route_prefix="/")])
+            self._serve.run_many([self._target(build_fused(config, door=True), API, route_prefix="/")])
         else:
             # All at once: waiting for each in turn would take several times as long.
             self._serve.run_many([*self._targets(models, config), *self._front(models, config)])

@@ -7,6 +7,7 @@ that stages scale apart, and that a model can be changed while the service runs.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -20,6 +21,7 @@ from serving.config import ServiceConfig
 from serving.deployments.api import front
 from serving.deployments.attempt import Stages
 from serving.deployments.crew import Crew, CrewReplica
+from serving.deployments.door import Door
 from serving.deployments.loads import StageWatch
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
@@ -41,15 +43,23 @@ from serving.pipeline.stages import (
     VideoSpec,
 )
 from serving.pipeline.text import EngineTextEncoder
+from serving.threads import background_pool, give_way
 from serving.tracing import Open, carrier, span
+
+# As many as asyncio has by itself on a dozen cores: each may wait for the database.
+_IO_THREADS = 16
 
 
 class FusedDeployment(CrewReplica):
     """A crew and the API over stages that are all here."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, *, door: bool = False) -> None:
+        """With a `door` it listens itself, where `config` says."""
         start_observing(config.observability)
-        self._config = config
+        if len(os.sched_getaffinity(0)) > config.denoiser.threads:
+            give_way()
+            asyncio.get_running_loop().set_default_executor(background_pool(_IO_THREADS, "io"))
+        self._config, self._has_door = config, door
         self._storage = open_storage(config, patience_seconds=REPLICA_PATIENCE_SECONDS)
         self._bundles = {name: Bundle.load(path) for name, path in config.models.items()}
         self._watches: list[StageWatch] = []
@@ -57,8 +67,12 @@ class FusedDeployment(CrewReplica):
         self._stages = {name: self._opened(name, bundle) for name, bundle in self._bundles.items()}
         self._crew = Crew(config, self._storage, self._bundles, self._stages)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return front(self._config, self._storage, self._bundles, self._stages, self._wake, self._loads)
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        config, lifespan = self._config, None
+        if self._has_door:
+            # Ray begins and ends the application's lifespan with the replica's, once.
+            lifespan = (await Door.at(config.host, config.port, config.api.max_ongoing_requests)).serving
+        return front(config, self._storage, self._bundles, self._stages, self._wake, self._loads, lifespan=lifespan)
 
     def _opened(self, model: str, bundle: Bundle) -> Stages:
         config = self._config

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from serving.config import ConfigError, ServiceConfig
+from serving.deployments.door import socket_of
 from serving.deployments.storage import open_storage
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _ENVIRONMENT = {
 }
 # Latents and fragments in flight; Ray would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
-_PROXY_SECONDS = 120
+_ANSWER_SECONDS = 120
 _HAND_BACK_SECONDS = 15
 _VITAL = {"gcs_server", "raylet"}
 
@@ -56,16 +57,26 @@ class LocalService:
 
     def running(self) -> int:
         """Videos in hand."""
-        return sum(self.fleet.runner().broadcast("running").results())
+        return sum(self._answers("running"))
 
     def drain(self) -> None:
         """Take no new video, and return when those in hand have ended; queued ones stay in the store."""
-        self.fleet.runner().broadcast("drain").results()
+        self._answers("drain")
 
     def hand_back(self) -> None:
         """Put the videos in hand back into the queue, with all that is made of them kept; for some seconds at most."""
         with suppress(TimeoutError):
-            self.fleet.runner().broadcast("hand_back").results(timeout_s=_HAND_BACK_SECONDS)
+            self._answers("hand_back", timeout_seconds=_HAND_BACK_SECONDS)
+
+    def _answers(self, question: str, timeout_seconds: float | None = None) -> list[Any]:
+        """Of whoever has videos in hand: nobody, while another replica takes the place of one that has failed."""
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        with suppress(RayActorError, DeploymentUnavailableError):
+            answers: list[Any] = self.fleet.runner().broadcast(question).results(timeout_s=timeout_seconds)
+            return answers
+        return []
 
     def dead(self) -> list[str]:
         """Those of Ray's own processes that have died, without which nothing here works; empty while all is well."""
@@ -120,7 +131,7 @@ def local_service(config: ServiceConfig) -> Iterator[LocalService]:
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process with a stack trace
             _start_serve(serve, config)
             fleet.start(config)
-            _wait_for_proxy(url)
+            _wait_for_answer(url)
         except (RayError, RuntimeError, TimeoutError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StartError(f"the service did not start: {said} (Ray's logs: /tmp/ray/session_latest/logs)") from error
@@ -155,16 +166,17 @@ def _forget_handles(serve: Any) -> None:
 def _start_serve(serve: Any, config: ServiceConfig) -> None:
     options = {"host": config.host, "port": config.port, "request_timeout_s": None}
     logging_config = {"log_level": "WARNING", "enable_access_log": False}
+    location = "Disabled" if config.fused else "HeadOnly"  # a fused replica has a door of its own
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+        serve.start(proxy_location=location, http_options=options, logging_config=logging_config)
     except TimeoutError:
         # Ray waits a minute for its HTTP proxy and no longer. Its controller goes on, and can be joined.
-        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+        serve.start(proxy_location=location, http_options=options, logging_config=logging_config)
 
 
-def _wait_for_proxy(url: str) -> None:
-    """The replicas are there; the proxy learns of them, and may itself still be starting."""
-    give_up_at = time.monotonic() + _PROXY_SECONDS
+def _wait_for_answer(url: str) -> None:
+    """The replicas are there; Ray's proxy learns of them, and may itself still be starting."""
+    give_up_at = time.monotonic() + _ANSWER_SECONDS
     while True:
         with suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", trust_env=False).is_success:
@@ -184,8 +196,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 def _check_port(host: str, port: int) -> None:
     """Ray would say it much later, and in the log of a process that nobody sees."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket_of(host) as probe:
             probe.bind((host, port))
     except OSError as error:
         raise ConfigError(f"{host}:{port} can't be listened on: {error.strerror}") from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from models.bundle import Bundle
-from serving.config import DecoderConfig, DenoiserConfig, TextEncoderConfig
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.scheduler import Limits
 from serving.pipeline.text import EngineTextEncoder
+from serving.stage_config import DecoderConfig, DenoiserConfig, TextEncoderConfig
 
 # All of them raise `EngineError` when an engine can't be loaded.
 

@@ -119,7 +119,7 @@ class Runner:
 
     async def _attempt(self, video: Video) -> None:
         try:
-            stages = await asyncio.to_thread(self._stages_of, video)
+            stages = await self._stages_of(video)
             if stages is None:
                 await self._store.fail(
                     video.id, video.fence, "model_not_found", f"There is no model {video.model!r} any more."
@@ -133,11 +133,12 @@ class Runner:
         finally:
             self._by_video.pop(video.id, None)
 
-    def _stages_of(self, video: Video) -> Stages | None:
+    async def _stages_of(self, video: Video) -> Stages | None:
         """Its model's; for a video that began with the bundle before, those of that one."""
         before = self._retiring.get(video.model)
         if before is not None:
-            origin = FragmentLog.open(self._artifacts.videos_dir, video.id).origin()
+            log = FragmentLog.open(self._artifacts.videos_dir, video.id)
+            origin = await asyncio.to_thread(log.origin)
             if origin == identity_of(before.bundle_digest, asdict(VideoSpec(**video.request))):
                 return before
         return self._stages.get(video.model)

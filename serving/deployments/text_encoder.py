@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from serving.chat import open_rewriter
-from serving.config import ObservabilityConfig, TextEncoderConfig
+from serving.config import ObservabilityConfig
 from serving.deployments.metering import report_stage
 from serving.deployments.observing import start_observing
 from serving.deployments.opening import open_text_encoder
@@ -19,6 +19,7 @@ from serving.deployments.scaling import stats_of
 from serving.pipeline.captioning import EngineCaptioner
 from serving.pipeline.pace import StageState
 from serving.pipeline.stages import TextEmbedding, same_bundle
+from serving.stage_config import TextEncoderConfig
 from serving.tracing import NOWHERE, Carrier, span
 
 

@@ -24,13 +24,15 @@ from models.plans import (
 from serving.engines.engine import Engine, EngineError
 from serving.engines.moving import moving
 from serving.engines.onnx_runtime import CPU, CUDA, OnnxRuntimeEngine
-from serving.engines.openvino import OPENVINO, OPENVINO_BF16, OpenVinoEngine
+from serving.engines.openvino import OPENVINO, OPENVINO_BF16, OpenVinoEngine, computes_in_bf16
 
 if TYPE_CHECKING:
     from serving.engines.cuda import Cuda, SharedMemory
 
 # Providers that run plans; all others are ONNX Runtime's.
 NATIVE: tuple[RuntimeName, ...] = ("tensorrt", "tensorrt_rtx")
+# Whichever is the fastest on a replica's CPU.
+FASTEST = "cpu"
 # What runs the graphs until there are plans, and how often it is looked for those.
 _MEANWHILE = CUDA
 _LOOK_SECONDS = 10.0
@@ -41,11 +43,18 @@ _STATE = ("cache_", "next_cache_", "chunk_cache")
 _log = logging.getLogger(__name__)
 
 
+def provider_here(provider: str) -> str:
+    """`cpu` as what it is on this machine. Videos differ in their last bits between the two."""
+    if provider != FASTEST:
+        return provider
+    return OPENVINO_BF16 if computes_in_bf16() else CPU
+
+
 @dataclass(frozen=True, slots=True)
 class Opener:
     """Opens one stage's engines.
 
-    `provider` is one of ONNX Runtime's execution providers, `openvino` or `openvino_bf16`, `tensorrt` or
+    `provider` is one of ONNX Runtime's execution providers, `openvino` or `openvino_bf16`, `cpu`, `tensorrt` or
     `tensorrt_rtx`; `plans` is where the last two find their plans, and ONNX Runtime's TensorRT keeps its own; by
     default the bundle's directory `plans`.
     """
@@ -106,6 +115,7 @@ class Opener:
         return [output.name for output in self.bundle.manifest.graphs[graph].outputs if output.name != "pixels"]
 
     def _onnx(self, graph: GraphName, provider: str) -> Engine:
+        provider = provider_here(provider)
         if provider in (OPENVINO, OPENVINO_BF16):
             return OpenVinoEngine(
                 self.bundle.path_of(graph),

@@ -18,12 +18,21 @@ from serving.engines.engine import Array, EngineError, Inputs, check_feeds, chos
 OPENVINO, OPENVINO_BF16 = "openvino", "openvino_bf16"
 Precision = Literal["f32", "bf16"]
 
+_BF16 = "BF16"
 _DTYPES: dict[str, type[np.generic]] = {
     "f32": np.float32,
     "f16": np.float16,
     "i64": np.int64,
     "u8": np.uint8,
 }
+
+
+def computes_in_bf16() -> bool:
+    """Whether OpenVINO is installed and this CPU has instructions for bf16."""
+    try:
+        return _BF16 in _opened()[1]
+    except ImportError:
+        return False
 
 
 class OpenVinoEngine:
@@ -48,11 +57,10 @@ class OpenVinoEngine:
         if not path.is_file():
             raise EngineError(f"{self._name}: no such file: {path}")
         try:
-            core: Any = importlib.import_module("openvino").Core()
+            core, can = _opened()
         except ImportError as error:
             raise EngineError(f"{self._name}: openvino is not installed: pip install 'rushes[openvino]'") from error
-        can = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "bf16" and "BF16" not in can:
+        if precision == "bf16" and _BF16 not in can:
             raise EngineError(f"{self._name}: this CPU doesn't compute in bf16, only {', '.join(can)}: use {OPENVINO}")
         options = {
             "INFERENCE_NUM_THREADS": threads,
@@ -98,6 +106,12 @@ class OpenVinoEngine:
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             said = " ".join(str(error).split())
             raise EngineError(f"{self._name}: failed on {shapes}: {said}") from error
+
+
+def _opened() -> tuple[Any, Sequence[str]]:
+    """OpenVINO's core, and what this CPU can do. Raises `ImportError`."""
+    core: Any = importlib.import_module("openvino").Core()
+    return core, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _sides(shape: Any) -> list[int | str]:

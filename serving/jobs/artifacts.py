@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tenacity import before_sleep_log, retry, retry_if_not_exception_type, stop_
 
 from serving.jobs.fragment_log import FragmentLog
 from serving.metrics import ARTIFACTS
+from serving.threads import background_pool
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Artifacts:
         self._scratch = data_dir / "scratch"
         for directory in (self.videos_dir, self._scratch):
             directory.mkdir(parents=True, exist_ok=True)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
+        self._threads = background_pool(_THREADS, "files")
 
     async def in_thread(self, work: Callable[..., _T], *args: Any) -> _T:
         """Call `work` in a thread for files. asyncio's own few threads must stay free: when a file store hangs, leases

@@ -34,7 +34,7 @@ class Checkpoint:
 
     `chunks` are finished latents float32 `[channels, frames, height, width]`, from the first on; `whole` says that
     there are no more to come. `state` float32 `[1 + history, channels, frames, height, width]` is what the sampler of a
-    bidirectional video holds after `step` steps.
+    bidirectional video holds after `step` steps, and perhaps behind it what the next step's guidance is made with.
     """
 
     chunks: tuple[Floats, ...] = ()

@@ -44,6 +44,10 @@ class EndlessSession(CausalSession):
         return self.calls_done + left + 1
 
     @property
+    def rows_left(self) -> int:
+        return self._rows_from(self._step) + len(self._texts) if self.calls > self.calls_done else 0
+
+    @property
     def next_chunk(self) -> tuple[int, int]:
         chunk, calls = super().next_chunk
         return self._number(chunk), calls

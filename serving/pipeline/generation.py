@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from serving.jobs.checkpoint import Checkpoint, Piece
 from serving.pipeline.captioning import Captioner
+from serving.pipeline.cleanup import seen_through
 from serving.pipeline.stages import (
     Decoder,
     Denoiser,
@@ -126,7 +127,7 @@ async def generate(
     try:
         await run.to(sink)
     except BaseException:
-        await run.abandon()
+        await seen_through(run.abandon())
         raise
 
 
@@ -160,12 +161,14 @@ class _Generation:
         self._decodes: asyncio.Queue[asyncio.Task[Fragment | None] | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(WINDOW)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._first_out = asyncio.Event()
 
     async def to(self, sink: Sink) -> None:
         denoising = self._start(self._denoise())
         while (decode := await self._decodes.get()) is not None:
             if (fragment := await decode) is not None:
                 await sink(fragment)
+                self._first_out.set()
             self._places.release()
         await denoising
 
@@ -178,6 +181,7 @@ class _Generation:
 
     async def _denoise(self) -> None:
         previous: asyncio.Task[Fragment | None] | None = None
+        more = False  # steps to be made
         try:
             events = self._denoised(0) if self._spec.best_of == 1 else self._best()
             async with aclosing(events):
@@ -189,8 +193,13 @@ class _Generation:
                         self._chunks.append(event)
                         previous = self._start(self._decode(event, previous))
                         self._decodes.put_nowait(previous)
-                    elif self._on_progress:
-                        self._on_progress(event)
+                        if event.index == 0 and more and self._interactive and not self._shown:
+                            # The denoiser sees that nobody asks for more, and leaves the cores to the first picture.
+                            await self._first_out.wait()
+                    else:
+                        more = event.step < event.steps
+                        if self._on_progress:
+                            self._on_progress(event)
         finally:
             self._decodes.put_nowait(None)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from models.bundle import Manifest
 from serving.jobs.checkpoint import Checkpoint
+from serving.pipeline.cleanup import seen_through
 from serving.pipeline.endless import ENDLESS
 from serving.pipeline.generation import MAX_REOPENS, MAX_REPLAYS, pause
 from serving.pipeline.geometry import first_frame
@@ -181,10 +182,13 @@ class Interaction:
                 self._news.set()
                 yield replace(made, prompt_changed=changed)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._stages.decoder.close(self.id)
+            await seen_through(self._abandon(tasks))
+
+    async def _abandon(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stages.decoder.close(self.id)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from models.bundle import Manifest
 from serving.pipeline.geometry import latent_shape
-from serving.pipeline.shortcuts import guided_steps, reused_steps
+from serving.pipeline.shortcuts import full_steps, guided_steps, reused_steps
 from serving.pipeline.stages import VideoSpec
 
 
@@ -17,26 +17,32 @@ def work_of(manifest: Manifest, spec: VideoSpec) -> float:
     _, frames, height, width = latent_shape(manifest, spec)
     chunks = -(-frames // manifest.chunk_latent_frames)
     tokens = (height // manifest.latent.patch) * (width // manifest.latent.patch)
-    calls = asked = _steps_asked(manifest, spec, tokens * frames)
+    single, double = _calls(manifest, spec, tokens * frames)
     if manifest.rollout == "causal":
-        # Each chunk takes the steps and, but for the last, a pass that moves the cache on.
-        tokens, calls = tokens * manifest.chunk_latent_frames, chunks * (asked + 1) - 1
+        tokens *= manifest.chunk_latent_frames
+        single, double = chunks * single, chunks * double
+        # Each chunk but the last takes a pass that moves the cache on, of all rows.
+        if spec.guidance_scale > 1:
+            double += chunks - 1
+        else:
+            single += chunks - 1
     else:
         tokens *= frames
-    guided = 0.0
-    if spec.guidance_scale > 1:
-        guided = sum(guided_steps(spec.num_inference_steps, spec.guidance_interval)) / spec.num_inference_steps
     if manifest.cost is None:
-        return float((1 + guided) * tokens * calls * spec.best_of)
+        return float((single + 2 * double) * tokens * spec.best_of)
     pixels = spec.frames * spec.width * spec.height / chunks
     one, two = (manifest.cost.call_seconds(rows, tokens) for rows in (1, 2))
-    denoising = calls * spec.best_of * (guided * two + (1 - guided) * one)
-    return denoising + chunks * manifest.cost.chunk_seconds(pixels)
+    return spec.best_of * (single * one + double * two) + chunks * manifest.cost.chunk_seconds(pixels)
 
 
-def _steps_asked(manifest: Manifest, spec: VideoSpec, tokens: int) -> int:
+def _calls(manifest: Manifest, spec: VideoSpec, tokens: int) -> tuple[int, int]:
+    """How many calls of one row and of two the sampler's steps take, for what is denoised at a time."""
     steps = spec.num_inference_steps
-    if spec.cache == "off":
-        return steps
+    guided = [spec.guidance_scale > 1 and step for step in guided_steps(steps, spec.guidance_interval)]
+    if spec.cache == spec.guidance_cache == "off":
+        return steps - sum(guided), sum(guided)
     table = manifest.sampler.table(steps, spec.guidance_scale, tokens, spec.sampler)
-    return steps - sum(reused_steps(table.sigmas.tolist(), spec.cache))
+    reused = reused_steps(table.sigmas.tolist(), spec.cache)
+    boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
+    full = sum(full_steps(guided, reused, (table.timesteps < boundary).tolist(), spec.guidance_cache))
+    return steps - sum(reused) - full, full

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 import secrets
+from collections.abc import Sequence
+from typing import TypeVar
 
 from models.bundle import Manifest
-from serving.media.fmp4 import CODECS, Codec
-from serving.pipeline.shortcuts import CACHES, Cache
+from serving.media.fmp4 import CODECS
+from serving.pipeline.shortcuts import CACHES, GUIDANCE_CACHES
 from serving.pipeline.stages import DECODERS, DecoderName, VideoSpec
 from serving.pipeline.text import clean_prompt
 
 MAX_SEED = 2**63 - 1
 MAX_BEST_OF = 8
 _MAX_SCENES = 100
+_C = TypeVar("_C", bound=str)
 MIN_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE = 1.0, 20.0
 # A LoRA at a negative scale turns away from what it was trained for.
 MAX_LORA_SCALE = 4.0
@@ -44,6 +47,7 @@ def make_spec(
     best_of: object = None,
     guidance_interval: object = None,
     cache: object = None,
+    guidance_cache: object = None,
     lora: object = None,
     codec: object = None,
     decoder: object = None,
@@ -83,10 +87,16 @@ def make_spec(
         best_of=_best_of(manifest, best_of),
         scene_prompts=_scenes(manifest, scene_prompts, length),
         guidance_interval=_interval(guidance_interval),
-        cache=_cache(cache),
+        cache=_choice("cache", cache, CACHES),
+        guidance_cache=_choice("guidance_cache", guidance_cache, GUIDANCE_CACHES),
         lora=_loras(manifest, lora),
-        codec=_codec(codec),
-        decoder=_decoder(manifest, decoder),
+        codec=_choice("codec", codec, CODECS),
+        decoder=_choice(
+            "decoder",
+            decoder,
+            decoders_of(manifest),
+            "" if manifest.tiny_decoder else f": {manifest.name} has no other",
+        ),
     )
 
 
@@ -121,29 +131,9 @@ def _best_of(manifest: Manifest, value: object) -> int:
     return count
 
 
-def _codec(value: object) -> Codec:
-    if value is None:
-        return CODECS[0]
-    for codec in CODECS:
-        if value == codec:
-            return codec
-    raise InvalidRequest("codec", f"codec must be one of {', '.join(CODECS)}, not {_kind(value)}")
-
-
 def decoders_of(manifest: Manifest) -> tuple[DecoderName, ...]:
     """What `decoder` may be."""
     return DECODERS if manifest.tiny_decoder else DECODERS[:1]
-
-
-def _decoder(manifest: Manifest, value: object) -> DecoderName:
-    if value is None:
-        return "full"
-    served = decoders_of(manifest)
-    for name in served:
-        if value == name:
-            return name
-    hint = "" if manifest.tiny_decoder else f": {manifest.name} has no other"
-    raise InvalidRequest("decoder", f"decoder must be {' or '.join(served)}, not {_kind(value)}{hint}")
 
 
 def _loras(manifest: Manifest, value: object) -> tuple[tuple[str, float], ...]:
@@ -205,11 +195,15 @@ def _interval(value: object) -> tuple[float, float]:
     raise InvalidRequest(param, f"{param} must be two numbers from 0 to 1, not {_short(value)}")
 
 
-def _cache(value: object) -> Cache:
-    for choice in CACHES:
-        if value == choice or (value is None and choice == "off"):
+def _choice(param: str, value: object, choices: Sequence[_C], hint: str = "") -> _C:
+    """The first of them when none is named."""
+    if value is None:
+        return choices[0]
+    for choice in choices:
+        if value == choice:
             return choice
-    raise InvalidRequest("cache", f"cache must be one of {', '.join(CACHES)}, not {_short(value)}")
+    said = f"one of {', '.join(choices)}" if len(choices) > 2 else " or ".join(choices)
+    raise InvalidRequest(param, f"{param} must be {said}, not {_kind(value)}{hint}")
 
 
 def _scenes(manifest: Manifest, value: object, seconds: int) -> tuple[tuple[float, str], ...]:

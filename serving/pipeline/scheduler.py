@@ -47,7 +47,8 @@ class Due:
 class Entry:
     """One session as the scheduler sees it. Only sessions with equal `shape` can share a call.
 
-    Nobody watches one without `due` while it is made.
+    `rows_left` are those of all its steps together, if they don't have `rows` each. Nobody watches one without `due`
+    while it is made.
     """
 
     id: Hashable
@@ -57,6 +58,7 @@ class Entry:
     steps: int
     priority: int = 0
     due: Due | None = None
+    rows_left: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -80,6 +82,12 @@ class _Place:
     order: int
     remaining: int
     used: float
+
+    @property
+    def tokens_left(self) -> int:
+        """The work of all its steps that are still to run."""
+        entry = self.entry
+        return (self.remaining * entry.rows if entry.rows_left is None else entry.rows_left) * entry.tokens_per_row
 
 
 class StepScheduler:
@@ -119,8 +127,8 @@ class StepScheduler:
 
     @property
     def outstanding_tokens(self) -> int:
-        """The work that is left: rows times tokens times steps over all sessions."""
-        return sum(p.remaining * p.entry.tokens for p in self._places.values())
+        """The work that is left: the tokens of all rows of all steps, over all sessions."""
+        return sum(place.tokens_left for place in self._places.values())
 
     def slack_seconds(self, id: Hashable, now: float) -> float:
         """How long a session could wait and still be in time: less than nothing when it is late, and for ever when it
@@ -195,8 +203,7 @@ class StepScheduler:
 
         def key(place: _Place) -> tuple[int, int, int, int]:
             turn = self._limits.turn_calls * _charge_of(place.entry)
-            left = place.remaining * place.entry.tokens
-            return int((place.used - least) // turn), -place.entry.priority, left, place.order
+            return int((place.used - least) // turn), -place.entry.priority, place.tokens_left, place.order
 
         return sorted(by_share, key=key)
 
@@ -251,6 +258,8 @@ class StepScheduler:
     def _charge(self, place: _Place) -> None:
         place.used += _charge_of(place.entry)
         place.remaining -= 1
+        if place.entry.rows_left is not None:
+            place.entry = replace(place.entry, rows_left=place.entry.rows_left - place.entry.rows)
         if place.remaining == 0:
             del self._places[place.entry.id]
 

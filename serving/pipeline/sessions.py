@@ -18,7 +18,7 @@ from models.bundle import GraphName, Manifest
 from models.samplers import advance
 from serving.engines.engine import HOST, Array, Arrays
 from serving.pipeline.geometry import chunk_from, latent_shape
-from serving.pipeline.shortcuts import guided_steps, reused_steps
+from serving.pipeline.shortcuts import full_steps, guided_steps, reused_steps
 from serving.pipeline.sources import Held, Source, seen_picture
 from serving.pipeline.stages import DenoiseRequest, LatentChunk, SamplerState
 
@@ -52,9 +52,13 @@ class Session(ABC):
         self._source = Source(replace(request, source=None) if self._seen else request, self._latent_shape, clean=clean)
         skipped = skipped_steps(spec.num_inference_steps, self._source.strength)
         self._table = sampler.table(spec.num_inference_steps, spec.guidance_scale, tokens, spec.sampler, start=skipped)
-        self._guided = guided_steps(spec.num_inference_steps, spec.guidance_interval)[skipped:]
-        self._reused = reused_steps(self._table.sigmas.tolist(), spec.cache)
         self._boundary = manifest.experts.boundary_timestep if manifest.experts else 0.0
+        self._reused = reused_steps(self._table.sigmas.tolist(), spec.cache)
+        guided = guided_steps(spec.num_inference_steps, spec.guidance_interval)[skipped:]
+        self._guided = [spec.guidance_scale > 1 and step for step in guided]
+        second = (self._table.timesteps < self._boundary).tolist()
+        self._full = full_steps(self._guided, self._reused, second, spec.guidance_cache)
+        self._difference: Floats | None = None
         self._lora_scales = _scales_of(manifest, request)
         self._texts = [request.conditional.hidden_states]
         if spec.guidance_scale > 1:
@@ -90,6 +94,11 @@ class Session(ABC):
 
     @property
     @abstractmethod
+    def rows_left(self) -> int:
+        """Rows of all calls that are still to come."""
+
+    @property
+    @abstractmethod
     def next_chunk(self) -> tuple[int, int]:
         """The chunk that comes out next, and how many calls from now."""
 
@@ -111,19 +120,33 @@ class Session(ABC):
         """The next call's inputs, each `[rows, …]`."""
 
     def _rows_at(self, step: int) -> int:
-        return len(self._texts) if self._guided[step] else 1
+        return 2 if self._full[step] else 1
+
+    def _takes_difference(self, step: int) -> bool:
+        """Whether the step is guided by what an earlier one found between its two rows."""
+        return self._guided[step] and not self._full[step]
+
+    def _rows_from(self, step: int) -> int:
+        """Rows of the sampler's steps from this one on."""
+        return sum(self._rows_at(later) for later in range(step, self._table.steps) if not self._reused[later])
 
     def _calls_before(self, step: int) -> int:
         """Engine calls that the sampler's steps before this one take."""
         return step - sum(self._reused[:step])
 
     def _advance(self, step: int, state: Floats, velocity: Array, noise: _Noise, held: Held) -> tuple[Floats, int]:
-        """The state after a step of one or, when guided, two rows, and after those that make do with its velocity; and
-        the step that is next."""
+        """The state after a step of one or two rows, and after those that make do with its velocity; and the step that
+        is next."""
         table = self._table
+        # Without a row for it the unconditional velocity is the other one: guidance between equals is none.
+        conditional, unconditional = velocity[0], velocity[-1]
+        if self._takes_difference(step):
+            assert self._difference is not None  # the first guided step is full
+            unconditional = conditional - self._difference
+        elif self._full[step]:
+            self._difference = conditional - unconditional
         while True:
-            # Without a row for it the unconditional velocity is the other one: guidance between equals is none.
-            state = advance(table.coefficients[step], state, velocity[0], velocity[-1])
+            state = advance(table.coefficients[step], state, conditional, unconditional)
             if table.noise[step]:
                 state[0] += table.noise[step] * noise.draw(state[0].shape, step + 1)
             step += 1
@@ -165,10 +188,13 @@ class BidirectionalSession(Session):
 
     def _go_on_from(self, request: DenoiseRequest) -> None:
         begun, step = request.begun.state, request.begun.step
-        fits = begun is not None and begun.shape == self._state.shape and 0 < step < self._table.steps
-        if begun is None or not fits or self._reused[step]:
+        asked = 0 < step < self._table.steps and not self._reused[step]
+        held = len(self._state)
+        expected = (held + self._takes_difference(step), *self._shape) if asked else None
+        if begun is None or begun.shape != expected:
             raise ValueError(f"{request.video_id}: what was kept after step {step} is not of this video")
-        self._state, self._step, self.calls_done = begun, step, self._calls_before(step)
+        self._state, self._step, self.calls_done = begun[:held], step, self._calls_before(step)
+        self._difference = begun[held] if len(begun) > held else None
 
     @property
     def rows(self) -> int:
@@ -177,6 +203,10 @@ class BidirectionalSession(Session):
     @property
     def calls(self) -> int:
         return self._calls_before(self._table.steps)
+
+    @property
+    def rows_left(self) -> int:
+        return self._rows_from(self._step)
 
     @property
     def next_chunk(self) -> tuple[int, int]:
@@ -199,6 +229,12 @@ class BidirectionalSession(Session):
             **self._loras(),
         }
 
+    def _kept(self) -> Floats:
+        if self._takes_difference(self._step) and self._difference is not None:
+            return np.concatenate([self._state, self._difference[None]])
+        # Not a copy: a step makes a new array and leaves this one as it is.
+        return self._state
+
     def _timesteps(self) -> Floats:
         """For each row, or for each of its frames: then those that are given are at 0, since they are clean."""
         timestep = self._table.timesteps[self._step]
@@ -214,8 +250,7 @@ class BidirectionalSession(Session):
         self.calls_done += 1
         if self._step < self._table.steps:
             kept = self._state_every and self._step // self._state_every > before // self._state_every
-            # Not a copy: a step makes a new array and leaves this one as it is.
-            return [SamplerState(self._step, self._state)] if kept else []
+            return [SamplerState(self._step, self._kept())] if kept else []
         latents = self._state[0][:, self._added :]
         parts = self._manifest.chunks(latents.shape[1])
         return [
@@ -257,6 +292,13 @@ class CausalSession(Session):
     @property
     def calls(self) -> int:
         return self._given + (self.chunks - self._given) * (self._calls_before(self._table.steps) + 1) - 1
+
+    @property
+    def rows_left(self) -> int:
+        later = self.chunks - 1 - self._chunk
+        made = later - max(0, max(self._given, len(self._finished)) - (self._chunk + 1))
+        # As many passes that move the cache on as there are later chunks: this one's, and not the last one's.
+        return self._rows_from(self._step) + made * self._rows_from(0) + later * len(self._texts)
 
     @property
     def rows(self) -> int:

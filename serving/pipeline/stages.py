@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from models.samplers import SamplerName
 from serving.jobs.checkpoint import NOTHING, Checkpoint
 from serving.media.fmp4 import Codec
-from serving.pipeline.shortcuts import Cache
+from serving.pipeline.shortcuts import Cache, GuidanceCache
 from serving.tracing import Carrier
 
 # The VAE's, and one that is several times as fast and less sharp (`models.tiny_decoder`).
@@ -32,8 +32,8 @@ class VideoSpec:
     draft of all of it, noised by so much of the way and denoised again: 0 would keep it, 1 doesn't see it.
     `source_video_id` says of which video it is, if it is one of this service.
 
-    Only the steps within `guidance_interval`, as shares of the way, are guided; `cache` says how many of them ask the
-    model (see `shortcuts`).
+    Only the steps within `guidance_interval`, as shares of the way, are guided; `cache` says how many of all steps ask
+    the model, and `guidance_cache` how many of the guided ones ask it for the negative prompt too (see `shortcuts`).
 
     `lora` are pairs of the name of one of the bundle's LoRAs and how much of it is wanted.
     """
@@ -57,6 +57,7 @@ class VideoSpec:
     source_video_id: str | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache: Cache = "off"
+    guidance_cache: GuidanceCache = "off"
     lora: tuple[tuple[str, float], ...] = ()
     codec: Codec = "h264"
     decoder: DecoderName = "full"
@@ -153,8 +154,9 @@ class LatentChunk:
 
 @dataclass(frozen=True, slots=True)
 class SamplerState:
-    """What a bidirectional video's sampler holds after `step` steps: float32 `[1 + history, channels, frames, height,
-    width]`, the latents first. With it the video can be gone on with elsewhere."""
+    """What a bidirectional video's sampler holds after `step` steps, to go on from elsewhere: float32 `[1 + history,
+    channels, frames, height, width]`, the latents first. If the next step makes do with an earlier one's guidance, the
+    difference that this is made with comes last."""
 
     step: int
     state: NDArray[np.float32]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from serving.pipeline.turns import Turns
+from serving.threads import background_pool
 
 _T = TypeVar("_T")
 
@@ -16,7 +16,7 @@ class Worker:
     """One call at a time, and none is begun that is cancelled before its turn."""
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = background_pool(1, name)
         self._turns: Turns[asyncio.Future[None]] = Turns()
         self._busy = False
 

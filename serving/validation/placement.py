@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from serving.config import ServiceConfig, StageConfig
+from serving.config import ServiceConfig
+from serving.stage_config import StageConfig
 from serving.validation.findings import Finding
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models.bundle import Bundle, BundleError, Manifest
-from serving.config import MINI_BUNDLE, ServiceConfig, StageConfig
+from serving.config import MINI_BUNDLE, ServiceConfig
 from serving.pipeline.geometry import latent_shape
 from serving.pipeline.pricing import work_of
 from serving.pipeline.stages import VideoSpec
+from serving.stage_config import StageConfig
 from serving.validation.findings import Finding
 
 # Of a GPU's memory, what weights and caches may take; activations and the driver need the rest.

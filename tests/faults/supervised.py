@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ PROCESSES = {
     "head (raylet)": "raylet/raylet",
     "rushes serve": "serving.cli",
 }
+
+
+def until(look: Callable[[], Any]) -> Any:
+    """What `look` sees as soon as that is something. Bounded by the test's own time limit."""
+    while not (seen := look()):
+        time.sleep(0.1)
+    return seen
 
 
 class SupervisedService:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
-import time
+import threading
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from supervised import SupervisedService
+from supervised import SupervisedService, until
 
 from models.bundle import Bundle
 from serving.deployments.local import free_port
@@ -22,13 +24,6 @@ from serving.jobs.artifacts import CHECKPOINTS, Artifacts
 from serving.jobs.store import SqlVideoStore, VideoStatus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def until(look: Any) -> Any:
-    """Bounded by the test's own time limit."""
-    while not (seen := look()):
-        time.sleep(0.1)
-    return seen
 
 
 def reloaded(config: Path) -> tuple[int, str]:
@@ -83,3 +78,66 @@ def test_one_signal_finishes_the_videos_in_hand_and_two_hand_them_back(tiny_bund
     assert artifacts.names(CHECKPOINTS) == []
     content = (tmp_path / "data" / "videos" / video_id / "video.mp4").read_bytes()
     assert sha256(content).hexdigest() == done.artifacts["video.mp4"]["sha256"]
+
+
+def asking(url: str, head: str, body: bytes = b"") -> socket.socket:
+    """A client that asks and doesn't read what it is answered."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    client = socket.create_connection((host, int(port)))
+    client.sendall(f"{head}\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    return client
+
+
+def session(url: str, settings: dict[str, Any]) -> socket.socket:
+    """An interactive one, whose client reads its beginning and nothing more (RFC 6455, 4.1 and 5.2)."""
+    upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
+    client = asking(url, f"GET /v1/realtime HTTP/1.1\r\n{upgrade}\r\nSec-WebSocket-Key: {'A' * 22}==")
+    read_until(client, b"\r\n\r\n")
+    said = json.dumps({"type": "session.create", "session": settings}).encode()
+    client.sendall(bytes([0x81, 0x80 | 126, *len(said).to_bytes(2, "big"), 0, 0, 0, 0]) + said)
+    read_until(client, b"session.created")
+    return client
+
+
+def read_until(client: socket.socket, word: bytes) -> None:
+    answered = b""
+    while word not in answered:
+        part = client.recv(4096)
+        assert part, answered
+        answered += part
+
+
+@pytest.mark.timeout(240)
+def test_a_fused_service_shows_what_it_finishes_and_ends_whoever_stays(
+    tiny_bundle: Bundle, tiny_causal_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundles = {"tiny": tiny_bundle.root, "tiny-causal": tiny_causal_bundle.root}
+    config = {"models": bundles, "fused": True, "data_dir": tmp_path / "data", "port": free_port()}
+    config["runner"] = {"max_videos": 1}
+    limits = tiny_bundle.manifest.limits
+    long = {"prompt": "a ball", "seed": 7, "seconds": limits.max_seconds, "num_inference_steps": limits.max_steps}
+    seen: list[bytes] = []
+
+    with SupervisedService(config, tmp_path) as service, ExitStack() as clients:
+        until(service.is_started)
+        store = SqlVideoStore(f"sqlite:///{tmp_path / 'data' / 'videos.db'}")
+        idle = clients.enter_context(httpx.Client(base_url=service.url, timeout=60))
+        video_id = idle.post("/v1/videos", json=long).json()["id"]
+
+        def watch() -> None:
+            seen.append(httpx.get(f"{service.url}/v1/videos/{video_id}/stream", timeout=None).content)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        queued = idle.post("/v1/videos", json=long).json()["id"]
+        clients.enter_context(asking(service.url, f"GET /v1/videos/{queued}/stream HTTP/1.1"))
+        clients.enter_context(asking(service.url, "POST /v1/videos HTTP/1.1", json.dumps(long).encode()))
+        clients.enter_context(session(service.url, {"model": "tiny-causal", "prompt": " ".join(["a cube"] * 20)}))
+        until(lambda: asyncio.run(store.get(video_id)).progress >= 10)
+        assert service.stop() == 0
+        until(lambda: not service.processes())
+        watching.join()
+        assert seen
+        assert "finishing 1 video" in (tmp_path / "serve.log").read_text()
+        states = [asyncio.run(store.get(id)) for id in (video_id, queued)]
+        assert [state.status for state in states] == [VideoStatus.COMPLETED, VideoStatus.QUEUED]

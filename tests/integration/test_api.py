@@ -168,6 +168,7 @@ async def test_a_video_object_has_openais_keys_and_the_settings(
         "best_of": 1,
         "guidance_interval": [0.0, 1.0],
         "cache": "off",
+        "guidance_cache": "off",
         "scene_prompts": [],
         "lora": [],
         "codec": "h264",
@@ -249,7 +250,9 @@ async def test_an_idempotency_key_makes_a_request_count_once(service: Service, c
     assert (await client.post("/v1/videos", json=asked, headers=key)).json() == first
     form = {"prompt": (None, "a red ball"), "seconds": (None, "1")}
     assert (await client.post("/v1/videos", files=form, headers=key)).json() == first
-    assert_envelope(await client.post("/v1/videos", json={**asked, "seconds": 2}, headers=key), 409, "Idempotency-Key")
+    for other in ({"seconds": 2}, {"guidance_cache": "alternate"}):
+        response = await client.post("/v1/videos", json={**asked, **other}, headers=key)
+        assert_envelope(response, 409, "Idempotency-Key")
     for wrong in ("", "k" * 256):
         response = await client.post("/v1/videos", json=asked, headers={"Idempotency-Key": wrong})
         assert_envelope(response, 400, "Idempotency-Key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,33 @@ async def test_the_best_of_several_alone_is_decoded(tiny_bundle: Bundle) -> None
             np.testing.assert_array_equal(np.concatenate([c.latents for c in counting.chunks], axis=1), best)
             assert [fragment.index for fragment in seen] == list(range(len(counting.chunks)))
             assert [(step.step, step.steps) for step in steps] == [(n + 1, 6) for n in range(6)]
+
+
+async def test_kept_guidance_is_each_candidates_own(tiny_bundle: Bundle) -> None:
+    """Steps enough that every candidate has one that makes do with the step before's guidance, and one after it."""
+    prompt, steps = "a red ball", 5
+    asked = {"seconds": 1, "size": "64x64", "num_inference_steps": steps, "rewrite_prompt": False}
+    async with opened_pipeline(tiny_bundle) as pipeline:
+
+        async def made(**settings: Any) -> bytes:
+            fragments: list[Fragment] = []
+
+            async def sink(fragment: Fragment) -> None:
+                fragments.append(fragment)
+
+            await pipeline.generate(make_spec(tiny_bundle.manifest, prompt, **asked, **settings), sink)
+            return b"".join(fragment.data for fragment in fragments)
+
+        kept: dict[str, Any] = {"seed": 7, "best_of": 3, "guidance_cache": "alternate"}
+        best = await made(**kept)
+        assert best in [await made(seed=seed, guidance_cache="alternate") for seed in (7, 8, 9)]
+        others = [await made(**kept | {"guidance_cache": "off"}), await made(**kept | {"seed": 20, "best_of": 2})]
+        assert len({best, *others}) == 3
+        calls = len(pipeline.denoiser.trace)
+        assert await asyncio.gather(
+            made(**kept | {"guidance_cache": "off"}), made(**kept), made(**kept | {"seed": 20, "best_of": 2})
+        ) == [others[0], best, others[1]]
+        assert len(pipeline.denoiser.trace) - calls < (3 + 3 + 2) * steps
 
 
 def test_best_of_is_checked(tiny_bundle: Bundle) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipelines import opened_pipeline
+from pipelines import PROMPT, fragments_of, opened_pipeline, request_of
 from tiny import CHANNELS, MAX_TOKENS, TEXT_DIM
 from watched import Watched
 
@@ -31,7 +31,6 @@ from serving.pipeline.stages import DenoiseRequest, Fragment, LatentChunk, StepD
 # Exporting takes most of a minute of a free core, and this machine may be busy.
 pytestmark = pytest.mark.timeout(900)
 
-PROMPT = "a red ball bouncing on a sand floor at sunset"
 TOLERANCE = 1e-4
 
 
@@ -57,21 +56,6 @@ def spec(tiny_causal_bundle: Bundle) -> Callable[..., VideoSpec]:
         return make_spec(tiny_causal_bundle.manifest, prompt, **{"seed": 7, **asked})
 
     return make
-
-
-async def fragments_of(pipeline: LocalPipeline, spec: VideoSpec) -> list[Fragment]:
-    fragments: list[Fragment] = []
-
-    async def sink(fragment: Fragment) -> None:
-        fragments.append(fragment)
-
-    await pipeline.generate(spec, sink)
-    return fragments
-
-
-async def request_of(pipeline: LocalPipeline, spec: VideoSpec) -> DenoiseRequest:
-    encode = pipeline.text_encoder.encode
-    return DenoiseRequest("video", spec, await encode(spec.prompt), await encode(spec.negative_prompt))
 
 
 async def chunks_of(denoiser: EngineDenoiser, request: DenoiseRequest) -> list[LatentChunk]:
@@ -260,11 +244,13 @@ async def test_other_videos_in_flight_change_no_byte(pipeline: LocalPipeline, sp
         spec("a green cone", seed=2, guidance_scale=3.0, seconds=2),
         spec("a small white ball at night", seed=3, seconds=1),
         spec("a red cube", seed=4, size="96x64"),
+        spec("a red cone", seed=5, guidance_scale=3.0, seconds=2, num_inference_steps=3, guidance_cache="alternate"),
     ]
     videos = [others[0], spec(seconds=3), *others[1:]]
     together = await asyncio.gather(*(fragments_of(pipeline, video) for video in videos))
     assert together[1] == alone
     assert together[0] != alone
+    assert together[-1] == await fragments_of(pipeline, others[-1])
 
 
 async def test_a_longer_video_begins_as_a_shorter_one(pipeline: LocalPipeline, spec: Callable[..., VideoSpec]) -> None:

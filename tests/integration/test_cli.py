@@ -60,6 +60,7 @@ def test_generate_rolls_a_causal_bundle_out(tiny_causal_bundle: Bundle, tmp_path
         (["a ball", "-o", "a.mp4", "--sampler", "heun"], "sampler"),
         (["a ball", "-o", "a.mp4", "--scene", "soon:a cube"], "SECONDS:PROMPT"),
         (["a ball", "-o", "a.mp4", "--scene", "1:a cube"], "needs a causal model"),
+        (["a ball", "-o", "a.mp4", "--guidance-cache", "on"], "guidance_cache must be off or alternate"),
         (["a ball", "-o", "nowhere/a.mp4"], "no directory"),
         (["a ball", "-o", "."], "is a directory"),
         (["a ball", "-o", "a.mp4", "--bundle", "nowhere"], "no bundle"),

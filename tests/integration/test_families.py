@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from pipelines import fragments_of
 from tiny import BOUNDARY_RATIO, tiny_ltx_vae
 
 from export import parity
@@ -27,22 +28,14 @@ from serving.engines.onnx_runtime import OnnxRuntimeEngine
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import make_spec
-from serving.pipeline.stages import Fragment
+from serving.pipeline.stages import VideoSpec
 
 # Exporting takes most of a minute of a free core, and this machine may be busy.
 pytestmark = pytest.mark.timeout(900)
 
 
-async def fragments_of(pipeline: LocalPipeline, **asked: Any) -> list[Fragment]:
-    fragments: list[Fragment] = []
-
-    async def sink(fragment: Fragment) -> None:
-        fragments.append(fragment)
-
-    asked = {"seed": 7, "seconds": 1, "rewrite_prompt": False} | asked
-    spec = make_spec(pipeline.bundle.manifest, "a red ball", **asked)
-    await pipeline.generate(spec, sink)
-    return fragments
+def spec_of(bundle: Bundle, **asked: Any) -> VideoSpec:
+    return make_spec(bundle.manifest, "a red ball", **{"seed": 7, "seconds": 1, "rewrite_prompt": False, **asked})
 
 
 @pytest.mark.parametrize("kind", ["experts", "ltx", "causal", "cogvideox"])
@@ -91,13 +84,13 @@ async def test_each_expert_gets_its_own_timesteps(tiny_experts_bundle: Bundle) -
             return super().run(feeds)
 
     engines = [Watched(tiny_experts_bundle.path_of(name)) for name in ("denoiser", "denoiser_2")]
-    manifest = tiny_experts_bundle.manifest
+    manifest, spec = tiny_experts_bundle.manifest, spec_of(tiny_experts_bundle, size="64x64")
     async with LocalPipeline.open(tiny_experts_bundle) as opened:
         denoiser = EngineDenoiser(engines[0], manifest, second=engines[1])
         pipeline = LocalPipeline(tiny_experts_bundle, opened.text_encoder, denoiser, opened.decoder)
-        made = await fragments_of(pipeline, size="64x64")
+        made = await fragments_of(pipeline, spec)
         await denoiser.stop()
-        assert made == await fragments_of(opened, size="64x64")
+        assert made == await fragments_of(opened, spec)
     assert len(seen["denoiser"]) + len(seen["denoiser_2"]) == 2 * manifest.sampler.num_inference_steps
     assert min(seen["denoiser"]) >= 1000 * BOUNDARY_RATIO > max(seen["denoiser_2"])
     assert sum(fragment.frames for fragment in made) == manifest.fps + 1
@@ -105,21 +98,19 @@ async def test_each_expert_gets_its_own_timesteps(tiny_experts_bundle: Bundle) -
 
 async def test_videos_at_different_noise_share_the_denoiser(tiny_experts_bundle: Bundle) -> None:
     """Sessions on different experts can't share a call; each video is what it is alone."""
-
+    specs = [spec_of(tiny_experts_bundle, size="64x64", num_inference_steps=steps) for steps in (2, 4)]
     async with LocalPipeline.open(tiny_experts_bundle) as pipeline:
-        alone = [await fragments_of(pipeline, size="64x64", num_inference_steps=steps) for steps in (2, 4)]
-        together = await asyncio.gather(
-            *(fragments_of(pipeline, size="64x64", num_inference_steps=steps) for steps in (2, 4))
-        )
+        alone = [await fragments_of(pipeline, spec) for spec in specs]
+        together = await asyncio.gather(*(fragments_of(pipeline, spec) for spec in specs))
     assert together == alone
 
 
 async def test_ltx_makes_a_video(tiny_ltx_bundle: Bundle) -> None:
-    manifest = tiny_ltx_bundle.manifest
+    manifest, spec = tiny_ltx_bundle.manifest, spec_of(tiny_ltx_bundle)
     assert manifest.decodes_with_noise
     async with LocalPipeline.open(tiny_ltx_bundle) as pipeline:
-        made = await fragments_of(pipeline)
-        assert made == await fragments_of(pipeline)
+        made = await fragments_of(pipeline, spec)
+        assert made == await fragments_of(pipeline, spec)
     assert [fragment.frames for fragment in made] == [9]
     assert manifest.latent.model_dump() == {
         "channels": 8,

@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import json
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from serving.engines.onnx_runtime import OnnxRuntimeEngine
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.request import InvalidRequest, make_spec
+from serving.pipeline.shortcuts import GUIDANCE_CACHES
 from serving.pipeline.stages import Fragment, VideoSpec
 
 pytestmark = pytest.mark.timeout(900)
@@ -138,6 +139,27 @@ def test_tensorrt_takes_it(bundle: Bundle, tmp_path: Path) -> None:
 
 
 async def test_requests_with_and_without_share_a_batch_and_are_each_right(pipeline: LocalPipeline) -> None:
+    manifest = pipeline.bundle.manifest
+    asked = [{**ASKED, "lora": lora} for lora in (None, "style", {"name": "style", "scale": 0.5}, ["mood", "style"])]
+    specs = [make_spec(manifest, one.pop("prompt"), rewrite_prompt=False, **one) for one in asked]
+    await assert_each_is_right_beside_the_others(pipeline, specs)
+
+
+async def test_kept_guidance_is_of_the_videos_own_lora(pipeline: LocalPipeline) -> None:
+    """Steps enough that each video has one that makes do with the step before's guidance, and one after it."""
+    settings = ASKED | {"num_inference_steps": 5, "rewrite_prompt": False}
+    prompt = settings.pop("prompt")
+    specs = [
+        make_spec(pipeline.bundle.manifest, prompt, **settings, lora=lora, guidance_cache=guidance_cache)
+        for lora in (None, "style", ["mood", "style"])
+        for guidance_cache in GUIDANCE_CACHES
+    ]
+    await assert_each_is_right_beside_the_others(pipeline, specs)
+
+
+async def assert_each_is_right_beside_the_others(pipeline: LocalPipeline, specs: Sequence[VideoSpec]) -> None:
+    """All differ, and none by what it is made with."""
+
     async def made(spec: VideoSpec) -> bytes:
         fragments: list[Fragment] = []
 
@@ -147,9 +169,6 @@ async def test_requests_with_and_without_share_a_batch_and_are_each_right(pipeli
         await pipeline.generate(spec, sink)
         return b"".join(fragment.data for fragment in fragments)
 
-    manifest = pipeline.bundle.manifest
-    asked = [{**ASKED, "lora": lora} for lora in (None, "style", {"name": "style", "scale": 0.5}, ["mood", "style"])]
-    specs = [make_spec(manifest, one.pop("prompt"), rewrite_prompt=False, **one) for one in asked]
     alone = [await made(spec) for spec in specs]
     assert len(set(alone)) == len(alone)
     calls = len(pipeline.denoiser.trace)

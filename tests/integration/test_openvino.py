@@ -12,8 +12,9 @@ import pytest
 from models.bundle import Bundle, GraphName
 from serving.config import MINI_BUNDLE
 from serving.engines.engine import Array, EngineError
-from serving.engines.opening import Opener
-from serving.engines.openvino import OPENVINO_BF16, OpenVinoEngine
+from serving.engines.onnx_runtime import CPU, OnnxRuntimeEngine
+from serving.engines.opening import FASTEST, Opener, provider_here
+from serving.engines.openvino import OPENVINO_BF16, OpenVinoEngine, computes_in_bf16
 
 # Every name that the bundled model's graphs have for a dimension; "2*rows" is one too.
 _SIDES = {"batch": 2, "frames": 2, "rows": 2, "columns": 3, "height": 4, "width": 6, "tokens": 64}
@@ -90,10 +91,33 @@ def test_what_it_cannot_take_is_refused_with_the_graphs_name(bundle: Bundle, tmp
 
 
 def test_bf16_that_the_cpu_does_not_have_is_refused(bundle: Bundle) -> None:
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if computes_in_bf16():
         pytest.skip("this CPU computes in bf16")
     with pytest.raises(EngineError, match=r"doesn't compute in bf16, only FP32.*: use openvino"):
         Opener(bundle, provider=OPENVINO_BF16).open("denoiser")
+
+
+@pytest.mark.parametrize(("graph", "output"), [("denoiser", "velocity"), ("decoder_first", "frames")])
+def test_bf16_where_the_cpu_has_it_is_near_to_fp32(bundle: Bundle, graph: GraphName, output: str) -> None:
+    if not computes_in_bf16():
+        pytest.skip("this CPU doesn't compute in bf16")
+    (exact,), (rounded,) = (Opener(bundle, provider=name).open(graph) for name in (CPU, OPENVINO_BF16))
+    fed = feeds(bundle, graph)
+    wanted, made = (engine.run(fed)[output].astype(np.float64) for engine in (exact, rounded))
+    assert 0 < np.abs(made - wanted).mean() < 0.03 * np.abs(wanted).mean()
+
+
+def test_the_fastest_on_a_cpu_is_bf16_where_it_has_that_and_openvino_is_installed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_it = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert provider_here(FASTEST) == (OPENVINO_BF16 if has_it else CPU)
+    (engine,) = Opener(bundle, provider=FASTEST).open("denoiser")
+    assert isinstance(engine, OpenVinoEngine if has_it else OnnxRuntimeEngine)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert provider_here(FASTEST) == CPU
+    (engine,) = Opener(bundle, provider=FASTEST).open("denoiser")
+    assert isinstance(engine, OnnxRuntimeEngine)
 
 
 def test_without_openvino_it_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

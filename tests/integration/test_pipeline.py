@@ -1,80 +1,30 @@
-"""The pipeline in one process, on a real (tiny, untrained) bundle: what comes out, in what order, whatever happens."""
+"""The pipeline in one process, on a real (tiny, untrained) bundle: what comes out, in what order, and when."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import av
 import numpy as np
 import pytest
-from pipelines import opened_pipeline
+from pipelines import fragments_of, opened_pipeline, request_of, small_spec
 from watched import Watched
 
 from models.bundle import Bundle
-from serving.engines.engine import Array, EngineError
 from serving.engines.onnx_runtime import OnnxRuntimeEngine
-from serving.engines.opening import Opener
+from serving.pipeline import denoising
 from serving.pipeline.decoding import EngineDecoder
 from serving.pipeline.denoising import EngineDenoiser
 from serving.pipeline.generation import generate
 from serving.pipeline.local import LocalPipeline
-from serving.pipeline.request import make_spec
-from serving.pipeline.stages import (
-    Decoder,
-    DenoiseRequest,
-    Fragment,
-    LatentChunk,
-    LostSession,
-    StepDone,
-    VideoSpec,
-)
-
-PROMPT = "a red ball bouncing on a sand floor at sunset"
-
-
-@pytest.fixture
-async def pipeline(tiny_bundle: Bundle) -> AsyncGenerator[LocalPipeline, None]:
-    async with opened_pipeline(tiny_bundle) as opened:
-        yield opened
-
-
-@pytest.fixture
-def spec(tiny_bundle: Bundle) -> Callable[..., VideoSpec]:
-    def make(prompt: str = PROMPT, **asked: Any) -> VideoSpec:
-        side = tiny_bundle.manifest.limits.min_side
-        defaults = {"seed": 7, "num_inference_steps": 3, "size": f"{side}x{side}"}
-        return make_spec(tiny_bundle.manifest, prompt, rewrite_prompt=False, **{**defaults, **asked})
-
-    return make
-
-
-async def fragments_of(
-    pipeline: LocalPipeline, spec: VideoSpec, *, decoder: Decoder | None = None, video_id: str = "video"
-) -> list[Fragment]:
-    fragments: list[Fragment] = []
-
-    async def sink(fragment: Fragment) -> None:
-        fragments.append(fragment)
-
-    await generate(
-        video_id,
-        spec,
-        text_encoder=pipeline.text_encoder,
-        denoiser=pipeline.denoiser,
-        decoder=decoder or pipeline.decoder,
-        sink=sink,
-    )
-    return fragments
-
-
-async def request_of(pipeline: LocalPipeline, spec: VideoSpec, video_id: str = "video") -> DenoiseRequest:
-    encode = pipeline.text_encoder.encode
-    return DenoiseRequest(video_id, spec, await encode(spec.prompt), await encode(spec.negative_prompt))
+from serving.pipeline.scheduler import Limits
+from serving.pipeline.stages import Fragment, LatentChunk, StepDone, VideoSpec
 
 
 def pictures(fragments: Sequence[Fragment]) -> list[np.ndarray[Any, Any]]:
@@ -116,11 +66,37 @@ async def test_other_videos_in_flight_change_no_byte(pipeline: LocalPipeline, sp
         spec("a blue cube spinning", seed=1, num_inference_steps=5),
         spec("a green cone", seed=2, guidance_scale=1.0),
         spec("a small white ball at night", seed=3, seconds=1),
+        spec("a red cone", seed=4, guidance_cache="alternate"),
     ]
     videos = [others[0], spec(), *others[1:]]
-    together = await asyncio.gather(*(fragments_of(pipeline, video, video_id=str(i)) for i, video in enumerate(videos)))
+    together = await asyncio.gather(*(fragments_of(pipeline, video) for video in videos))
     assert together[1] == alone
     assert together[0] != alone
+    assert together[-1] == await fragments_of(pipeline, others[-1])
+
+
+async def test_kept_guidance_leaves_room_for_others(
+    pipeline: LocalPipeline, spec: Callable[..., VideoSpec], tiny_bundle: Bundle
+) -> None:
+    """In a call of three rows two guided videos fit only while one of them needs no unconditional row."""
+    rows: list[int] = []
+    engine = Watched(
+        OnnxRuntimeEngine(tiny_bundle.path_of("denoiser")), lambda feeds: rows.append(len(feeds["latents"]))
+    )
+    denoiser = EngineDenoiser(engine, tiny_bundle.manifest, limits=Limits(max_rows=3))
+    asked = [spec(seconds=1, seed=seed, num_inference_steps=6, guidance_cache="alternate") for seed in (1, 2)]
+
+    async def latents(video: VideoSpec) -> list[bytes]:
+        request = await request_of(pipeline, video, str(video.seed))
+        return [e.latents.tobytes() async for e in denoiser.denoise(request) if isinstance(e, LatentChunk)]
+
+    alone = [await latents(video) for video in asked]
+    assert rows == [2, 2, 1, 2, 1, 2] * 2
+    rows.clear()
+    assert await asyncio.gather(*map(latents, asked)) == alone
+    assert sum(rows) == 2 * 10
+    assert rows.count(3) >= 2
+    await denoiser.stop()
 
 
 async def test_another_seed_prompt_or_guidance_gives_another_video(
@@ -132,6 +108,7 @@ async def test_another_seed_prompt_or_guidance_gives_another_video(
         spec("a blue cube", seconds=1),
         spec(seconds=1, guidance_scale=1.0),
         spec(seconds=1, negative_prompt="a blue cube"),
+        spec(seconds=1, guidance_cache="alternate"),
     ]
     made = [await fragments_of(pipeline, variant) for variant in variants]
     assert len({b"".join(f.data for f in fragments) for fragments in made}) == len(variants)
@@ -168,201 +145,68 @@ async def test_the_first_fragment_is_out_before_the_second_half_is_decoded(
         assert events.index(f"out {i}") < events.index(f"decode {i + 2}")
 
 
-async def test_a_lost_decoder_session_is_replayed_to_the_same_bytes(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
+@pytest.mark.parametrize(("interactive", "alone"), [(True, True), (True, False), (False, True)])
+async def test_a_lone_viewer_sees_the_first_chunk_before_the_next_is_begun(
+    tiny_causal_bundle: Bundle, interactive: bool, alone: bool
 ) -> None:
-    expected = await fragments_of(pipeline, spec(seconds=4))
-    losses = {1, 4}
+    calls: list[int] = []
+    out_after: list[int] = []
 
-    class Forgetful(EngineDecoder):
+    class Slow(EngineDecoder):
         async def decode(
             self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True
         ) -> Fragment:
-            if chunk.index in losses:
-                losses.remove(chunk.index)
-                await self.close(video_id)
+            await asyncio.sleep(0.1)
             return await super().decode(video_id, spec, chunk, interactive=interactive)
 
-    decoder = Forgetful.open(tiny_bundle)
-    assert await fragments_of(pipeline, spec(seconds=4), decoder=decoder) == expected
+    async def sink(_: Fragment) -> None:
+        out_after.append(len(calls))
+
+    manifest = tiny_causal_bundle.manifest
+    engine = OnnxRuntimeEngine(tiny_causal_bundle.path_of("denoiser"))
+    denoiser = EngineDenoiser(Watched(engine, lambda feeds: calls.append(len(feeds["latents"]))), manifest)
+    decoder = Slow.open(tiny_causal_bundle)
+    spec = small_spec(tiny_causal_bundle, seconds=2, num_inference_steps=2)
+    async with (
+        opened_pipeline(tiny_causal_bundle) as pipeline,
+        aclosing(denoiser.denoise(replace(await request_of(pipeline, spec, "beside"), interactive=False))) as beside,
+    ):
+        if not alone:
+            await anext(beside)
+        await generate(
+            "video",
+            spec,
+            text_encoder=pipeline.text_encoder,
+            denoiser=denoiser,
+            decoder=decoder,
+            sink=sink,
+            interactive=interactive,
+        )
+    one_chunk = 2  # its steps; what puts it into the cache comes after it
+    assert (out_after[0] == one_chunk) == (interactive and alone)
+    assert len(calls) >= one_chunk * len(out_after)
     await decoder.stop()
-    assert not losses
-
-
-async def test_a_decoder_that_never_keeps_a_session_is_given_up(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    class Amnesiac(EngineDecoder):
-        async def decode(
-            self, video_id: str, spec: VideoSpec, chunk: LatentChunk, *, interactive: bool = True
-        ) -> Fragment:
-            if chunk.index:
-                await self.close(video_id)
-            return await super().decode(video_id, spec, chunk, interactive=interactive)
-
-    decoder = Amnesiac.open(tiny_bundle)
-    with pytest.raises(LostSession, match="chunk 1"):
-        await fragments_of(pipeline, spec(seconds=1), decoder=decoder)
-    await decoder.stop()
-    assert pipeline.denoiser.sessions == 0
-
-
-async def test_more_videos_than_decoder_sessions_still_all_come_out(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    decoder = EngineDecoder.open(tiny_bundle, max_sessions=1)
-    expected = [await fragments_of(pipeline, spec(seed=seed)) for seed in range(3)]
-    made = await asyncio.gather(
-        *(fragments_of(pipeline, spec(seed=seed), decoder=decoder, video_id=str(seed)) for seed in range(3))
-    )
-    assert made == expected
-    assert decoder.sessions == 0
-    await decoder.stop()
-
-
-async def test_the_longest_idle_session_makes_room(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    async with aclosing(pipeline.denoiser.denoise(await request_of(pipeline, spec()))) as events:
-        chunks = [event async for event in events if isinstance(event, LatentChunk)]
-    decoder = EngineDecoder.open(tiny_bundle, max_sessions=2, idle_seconds=0)
-    for video in ("a", "b"):
-        await decoder.decode(video, spec(), chunks[0])
-    await decoder.decode("a", spec(), chunks[1])
-    await decoder.decode("c", spec(), chunks[0])
-    assert decoder.sessions == 2
-    with pytest.raises(LostSession, match="b: no decoder session"):
-        await decoder.decode("b", spec(), chunks[1])
-    with pytest.raises(LostSession, match="is at 2, not at 1"):
-        await decoder.decode("a", spec(), chunks[1])
-    await decoder.decode("a", spec(), chunks[2])
-    await decoder.stop()
-
-
-async def test_what_somebody_watches_is_decoded_before_a_batch_and_finds_a_place(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    async with aclosing(pipeline.denoiser.denoise(await request_of(pipeline, spec()))) as events:
-        chunk = await anext(event async for event in events if isinstance(event, LatentChunk))
-    begun, gate, done = threading.Event(), threading.Event(), list[str]()
-
-    def hold(_: object) -> None:
-        begun.set()
-        gate.wait()
-
-    first, following = Opener(tiny_bundle).open("decoder_first", "decoder_next")
-    decoder = EngineDecoder((Watched(first, hold), following), tiny_bundle.manifest, max_sessions=3)
-
-    async def decode(video: str) -> None:
-        await decoder.decode(video, spec(), chunk, interactive=video.startswith("stream"))
-        done.append(video)
-
-    tasks = {video: asyncio.create_task(decode(video)) for video in ("batch 1", "batch 2", "batch 3", "batch 4")}
-    await asyncio.to_thread(begun.wait)
-    tasks["stream"] = asyncio.create_task(decode("stream"))
-    await asyncio.sleep(0)
-    gate.set()
-    await asyncio.gather(*(tasks[video] for video in ("batch 1", "batch 2", "stream")))
-    assert done == ["batch 1", "stream", "batch 2"]
-    # Of three places a batch has two, and the next of it gets one when one of them is free.
-    assert decoder.sessions == 3
-    await decoder.close("stream")
-    tasks["batch 3"].cancel()
-    await asyncio.gather(tasks["batch 3"], return_exceptions=True)
-    assert decoder.sessions == 2
-    await decoder.close("batch 1")
-    await tasks["batch 4"]
-    assert done[3:] == ["batch 4"]
-    for video in tasks:
-        await decoder.close(video)
-    assert decoder.sessions == 0
-    await decoder.stop()
-
-
-async def test_cancelling_frees_the_rows_before_the_next_step_but_one(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    rows: list[int] = []
-    engine = OnnxRuntimeEngine(tiny_bundle.path_of("denoiser"))
-    denoiser = EngineDenoiser(Watched(engine, lambda feeds: rows.append(len(feeds["latents"]))), tiny_bundle.manifest)
-    stays = await request_of(pipeline, spec(num_inference_steps=12), "stays")
-    goes = await request_of(pipeline, spec(num_inference_steps=12, seed=8), "goes")
-
-    async def all_events() -> list[StepDone | LatentChunk]:
-        async with aclosing(denoiser.denoise(stays)) as events:
-            return [event async for event in events]
-
-    staying = asyncio.create_task(all_events())
-    async with aclosing(denoiser.denoise(goes)) as events:
-        async for event in events:
-            assert isinstance(event, StepDone)
-            if event.step == 3:
-                break
-    assert denoiser.sessions == 1
-    calls_when_closed = len(rows)
-    assert sum(isinstance(event, StepDone) for event in await staying) == 12
-    # The call that was under way when the generator was closed may still have held the rows; none after it did.
-    assert 4 in rows
-    assert set(rows[calls_when_closed + 1 :]) == {2}
-    assert denoiser.sessions == 0
-    assert denoiser.outstanding_tokens == 0
     await denoiser.stop()
 
 
-async def test_cancelling_a_video_leaves_nothing_behind(
-    pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
+async def test_a_viewer_who_does_not_come_back_is_waited_for_once(
+    tiny_causal_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = asyncio.Event()
-
-    async def stalled(fragment: Fragment) -> None:
-        first.set()
-        await asyncio.Event().wait()
-
-    making = asyncio.create_task(pipeline.generate(spec(), stalled))
-    await first.wait()
-    making.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await making
-    assert pipeline.denoiser.sessions == 0
-    assert pipeline.decoder.sessions == 0
-    assert len(await fragments_of(pipeline, spec(seconds=1))) > 1
-
-
-async def test_what_the_sink_raises_comes_out_and_leaves_nothing_behind(
-    pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    async def full(fragment: Fragment) -> None:
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        await pipeline.generate(spec(), full)
-    assert pipeline.denoiser.sessions == 0
-    assert pipeline.decoder.sessions == 0
-
-
-async def test_a_failed_call_fails_its_videos_and_no_other(
-    tiny_bundle: Bundle, pipeline: LocalPipeline, spec: Callable[..., VideoSpec]
-) -> None:
-    def fail_once(feeds: Mapping[str, Array]) -> None:
-        if len(feeds["latents"]) == 1 and not failed:
-            failed.append(True)
-            raise EngineError("denoiser: out of memory")
-
-    failed: list[bool] = []
-    engine = OnnxRuntimeEngine(tiny_bundle.path_of("denoiser"))
-    denoiser = EngineDenoiser(Watched(engine, fail_once), tiny_bundle.manifest)
-
-    async def last(request: DenoiseRequest) -> StepDone | LatentChunk:
-        async with aclosing(denoiser.denoise(request)) as events:
-            return [event async for event in events][-1]
-
-    # Another shape, so that the two are never in one call.
-    good = await request_of(pipeline, spec())
-    bad = await request_of(pipeline, spec(seconds=1, guidance_scale=1.0), "bad")
-    results = await asyncio.gather(last(bad), last(good), return_exceptions=True)
-    assert isinstance(results[0], EngineError)
-    assert isinstance(results[1], LatentChunk)
-    assert isinstance(await last(bad), LatentChunk)
+    monkeypatch.setattr(denoising, "_SHOWING_SECONDS", 1.0)
+    denoiser = EngineDenoiser.open(tiny_causal_bundle)
+    spec = small_spec(tiny_causal_bundle, seconds=2, num_inference_steps=4)
+    async with opened_pipeline(tiny_causal_bundle) as pipeline:
+        async with aclosing(denoiser.denoise(await request_of(pipeline, spec))) as events:
+            await anext(event async for event in events if isinstance(event, LatentChunk))
+            calls_left = denoiser.outstanding_tokens
+            began = time.monotonic()
+            while denoiser.outstanding_tokens:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.02)
+            assert calls_left
+            assert 1 <= time.monotonic() - began < 4
+        # Nobody is waited for any more when such a one has left.
+        async with aclosing(denoiser.denoise(await request_of(pipeline, spec))) as events:
+            assert [event.index async for event in events if isinstance(event, LatentChunk)] == [0, 1, 2]
     await denoiser.stop()
 
 

@@ -182,15 +182,20 @@ async def test_a_video_that_is_not_completed_can_not_be_gone_on_from(
 async def test_a_remix_has_the_settings_of_its_video(
     service: Service, client: httpx.AsyncClient, tmp_path: Path
 ) -> None:
-    source_id = await a_completed_video(service, client, tmp_path, negative_prompt="fog", guidance_scale=2.5)
+    shortcuts = {"guidance_interval": [0.1, 0.9], "cache": "fast", "guidance_cache": "alternate"}
+    source_id = await a_completed_video(
+        service, client, tmp_path, negative_prompt="fog", guidance_scale=2.5, **shortcuts
+    )
     remix = (await client.post(f"/v1/videos/{source_id}/remix", json={"prompt": "a blue ball"})).json()
     assert remix["remixed_from_video_id"] == source_id
     assert (remix["prompt"], remix["negative_prompt"]) == ("a blue ball", "fog")
     same = ("seconds", "size", "seed", "num_inference_steps", "guidance_scale", "model")
     source = (await client.get(f"/v1/videos/{source_id}")).json()
     assert {name: remix[name] for name in same} == {name: source[name] for name in same}
+    assert {name: remix[name] for name in shortcuts} == shortcuts
     video = await service.claimed()
     assert (video.request["strength"], video.request["source_frames"], video.request["frames"]) == (0.75, 17, 17)
+    assert video.request["guidance_cache"] == "alternate"
     # The remix has a copy: the video that it is of may go.
     assert (await client.delete(f"/v1/videos/{source_id}")).status_code == 200
     assert len(read_all(service.videos_dir / video.id / "source", 64, 64, 17)) == 17

@@ -19,13 +19,13 @@ from tiny import REWRITTEN
 
 from models.bundle import Bundle
 from serving.chat import ChatRewriter, open_rewriter
-from serving.config import RewriterConfig
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.jobs.artifacts import Artifacts
 from serving.jobs.database import Database
 from serving.jobs.store import SqlVideoStore, Video, VideoStatus, new_video_id
 from serving.pipeline.request import make_spec
 from serving.pipeline.rewriting import OnnxRewriter
+from serving.stage_config import RewriterConfig
 
 
 @pytest.fixture

@@ -51,6 +51,18 @@ def test_it_stops_at_the_end_of_a_chunk_and_goes_on_when_it_may() -> None:
     assert [chunk.index for _, made in calls(session) for chunk in made] == [2]
 
 
+def test_the_rows_that_are_left_are_those_up_to_the_end_of_its_chunk() -> None:
+    session, left = endless(1), []
+    while session.calls_done < session.calls:
+        left.append(session.rows_left)
+        session.take(outputs(session.feeds()))
+    # Two guided steps, and the pass that moves the cache on.
+    assert left == [6, 4, 2]
+    assert session.rows_left == 0
+    session.steer(Steering(3))
+    assert session.rows_left == 6
+
+
 def test_a_prompt_holds_from_the_next_chunk_on_that_is_begun() -> None:
     session = endless(2)
     made = calls(session)

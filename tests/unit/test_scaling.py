@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID
 
-from serving.config import ScalingConfig
 from serving.deployments.scaling import StagePolicy, VideoPolicy, stats_of
 from serving.pipeline.pace import StageState
 from serving.scaling import ORDER, Load, Settings, decide, shares_of
+from serving.stage_config import ScalingConfig
 
 SETTINGS = Settings(target_seconds=30, cold_start_seconds=60, slack=0.7)
 # A denoiser has twenty times the decoder's work, as Wan 1.3B on one kind of GPU.

@@ -193,6 +193,25 @@ def test_limits_that_no_guided_video_fits_are_refused() -> None:
         Limits(max_rows=1)
 
 
+def test_work_that_is_left_counts_the_rows_of_every_step() -> None:
+    """Those of the next step alone would say twice as much, or half, at every second one."""
+    scheduler = StepScheduler(LIMITS)
+    scheduler.add(replace(entry("a", rows=2, steps=4), rows_left=6))
+    left = [scheduler.outstanding_tokens]
+    for rows in (1, 2, 1, 2):
+        scheduler.next_step()
+        scheduler.reshape("a", SHAPES[1], TOKENS[SHAPES[1]], rows=rows)
+        left.append(scheduler.outstanding_tokens)
+    assert left == [rows * TOKENS[SHAPES[1]] for rows in (6, 4, 3, 1, 0)]
+
+
+def test_of_equals_the_one_with_the_fewest_rows_left_goes_first() -> None:
+    scheduler = StepScheduler(Limits(max_rows=2))
+    scheduler.add(replace(entry("all", rows=2, steps=4), rows_left=8))
+    scheduler.add(replace(entry("half", rows=2, steps=4), rows_left=5))
+    assert scheduler.next_step() == ["half"]
+
+
 def test_a_session_that_became_smaller_shares_calls_with_its_new_shape() -> None:
     scheduler = StepScheduler(LIMITS)
     scheduler.add(entry("a", shape=SHAPES[1], steps=2))

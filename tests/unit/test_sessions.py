@@ -15,6 +15,7 @@ from serving.engines.engine import Array
 from serving.pipeline.geometry import chunk_from, first_frame
 from serving.pipeline.request import make_spec
 from serving.pipeline.sessions import Session, open_session, skipped_steps
+from serving.pipeline.shortcuts import GUIDANCE_CACHES, GuidanceCache
 from serving.pipeline.sources import GOES_ON_STRENGTH, PICTURE_STRENGTH
 from serving.pipeline.stages import DenoiseRequest, EncodedSource, LatentChunk
 
@@ -25,8 +26,11 @@ def request(**asked: Any) -> DenoiseRequest:
 
 def calls(session: Session, scale: float = 0.1) -> Iterator[tuple[dict[str, Array], list[LatentChunk]]]:
     while session.calls_done < session.calls:
+        left = session.rows_left - session.rows
         feeds = {name: array.copy() for name, array in session.feeds().items()}
         yield feeds, session.take(outputs(feeds, scale))
+        assert session.rows_left == left
+    assert left == 0
 
 
 def test_each_chunk_is_denoised_shown_and_then_seen_clean() -> None:
@@ -293,22 +297,29 @@ PICTURED = WHOLE.model_copy(
 )
 
 
-def test_a_picture_is_seen_as_channels_in_every_row_and_nothing_of_it_is_put_into_the_latents() -> None:
+@pytest.mark.parametrize("guidance_cache", GUIDANCE_CACHES)
+def test_a_picture_is_seen_as_channels_in_every_row_and_nothing_of_it_is_put_into_the_latents(
+    guidance_cache: GuidanceCache,
+) -> None:
     asked = begun(PICTURED, 9)
     source = replace(asked.source or EncodedSource(np.zeros(0, np.float32)), hidden_states=np.ones((5, 4), np.float32))
     asked = replace(asked, source=source, spec=replace(asked.spec, source_frames=1, lora=(("b", 0.5),)))
+    asked = replace(asked, spec=replace(asked.spec, guidance_cache=guidance_cache))
     session = open_session(PICTURED, asked)
     plain = open_session(WHOLE, replace(asked, source=None, spec=replace(asked.spec, lora=())))
     assert session.calls == plain.calls
+    seen: list[int] = []
     for (feeds, _), (bare, _) in zip(calls(session), calls(plain), strict=True):
         np.testing.assert_array_equal(feeds["latents"], bare["latents"])
         assert feeds.keys() - bare.keys() == {"condition", "image_hidden_states", "lora_scales"}
         rows = len(feeds["latents"])
+        seen.append(rows)
         for row in range(rows):
             np.testing.assert_array_equal(feeds["condition"][row, :4, :, 0, 0], [[1] + [0] * 8] * 4)
             np.testing.assert_array_equal(feeds["condition"][row, 4:], source.latents)
         np.testing.assert_array_equal(feeds["image_hidden_states"], np.ones((rows, 5, 4)))
         np.testing.assert_array_equal(feeds["lora_scales"], [[0, 0.5]] * rows)
+    assert seen == ([2, *[2, 1] * 4] if guidance_cache == "alternate" else [2] * 8)[: len(seen)]
 
 
 def test_what_no_picture_can_be_made_of_is_refused() -> None:
