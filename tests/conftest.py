@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,16 @@ import pytest
 from exports import Exports, build
 from postgres import Cluster, programs, running_cluster
 from receiver import Receiver, receiving
+from unfinished import Unfinished
 
 from models.bundle import Bundle
 
 if TYPE_CHECKING:
     import httpx
     from service import Service
+
+    from serving.pipeline.local import LocalPipeline
+    from serving.pipeline.stages import VideoSpec
 
 _EXPORTS: pytest.StashKey[Exports] = pytest.StashKey()
 
@@ -95,6 +100,23 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
+async def pipeline(tiny_bundle: Bundle) -> AsyncIterator[LocalPipeline]:
+    """All stages of it in this process."""
+    from pipelines import opened_pipeline
+
+    async with opened_pipeline(tiny_bundle) as opened:
+        yield opened
+
+
+@pytest.fixture
+def spec(tiny_bundle: Bundle) -> Callable[..., VideoSpec]:
+    """`small_spec` of it, for `pipeline`."""
+    from pipelines import small_spec
+
+    return partial(small_spec, tiny_bundle)
+
+
+@pytest.fixture
 def service(tiny_bundle: Bundle, tmp_path: Path) -> Service:
     """The API over a store of its own, without anybody who makes videos."""
     from service import Service
@@ -127,11 +149,8 @@ def receiver() -> Iterator[Receiver]:
         yield opened
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test that needs a bundle waits for its export, which takes minutes on a busy machine."""
-    for item in items:
-        if _wanted(item) and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(900))
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Unfinished())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
