@@ -18,6 +18,8 @@ from models.bundle import Bundle
 if TYPE_CHECKING:
     import httpx
     from service import Service
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
 
     from serving.pipeline.local import LocalPipeline
     from serving.pipeline.stages import VideoSpec
@@ -150,7 +152,18 @@ def receiver() -> Iterator[Receiver]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Unfinished())
+    config.pluginmanager.register(Unfinished(), "unfinished")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    from processes import OneServiceAtATime
+
+    if config.option.dist != "loadfile":
+        return None
+    made = OneServiceAtATime(config, log)
+    config.pluginmanager.get_plugin("unfinished").watch(made)
+    return made
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

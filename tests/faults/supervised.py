@@ -67,8 +67,9 @@ class SupervisedService:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        self.signal(signal.SIGKILL)
-        self._supervisor.join()
+        while self._supervisor.is_alive():  # which may be starting another one just now
+            self.signal(signal.SIGKILL)
+            self._supervisor.join(0.5)
         self._mark.kill_all()
 
     def wait_until_up(self, timeout_seconds: float = 300) -> None:
