@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from serving.bench.calls import Call, VideoCalls
+from models.bundle import Bundle
+from serving.bench.calls import Call, Engines, VideoCalls
+from serving.bench.engines import default_spec
+from serving.bench.following import Outcome
 from serving.bench.tables import seconds, share, table
+from serving.config import ServiceConfig
 from serving.media.fmp4 import encode_fragment
+
+# What a request asks for that changes its engine calls.
+_COSTLY = (
+    "size",
+    "seconds",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_interval",
+    "guidance_cache",
+    "cache",
+    "decoder",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,29 @@ def explained(video: VideoCalls, whole_seconds: float, fps: int) -> Breakdown:
         "encoding to H.264": encoding,
     }
     return Breakdown(whole_seconds, parts)
+
+
+async def explained_each(bundle: Bundle, config: ServiceConfig, outcomes: Iterable[Outcome]) -> list[Breakdown]:
+    """What the engines of `bundle` need for each request that was completed; each kind is timed once.
+
+    Raises `EngineError`.
+    """
+    engines = Engines(bundle, config)
+    timed: dict[str, Breakdown] = {}
+    told = []
+    for outcome in outcomes:
+        if outcome.error is not None:
+            continue
+        settings = {name: outcome.ask.body.get(name) for name in _COSTLY}
+        asked = json.dumps(settings)
+        if asked not in timed:
+            video = await engines.record(default_spec(bundle, **settings))
+            timed[asked] = explained(video, 0.0, bundle.manifest.fps)
+        once = timed[asked].parts
+        # Each candidate is denoised, and only the best of them decoded.
+        parts = once | {"denoiser": once["denoiser"] * int(outcome.ask.body.get("best_of") or 1)}
+        told.append(replace(timed[asked], whole=outcome.latency_seconds, parts=parts))
+    return told
 
 
 def breakdown_table(told: Breakdown) -> str:

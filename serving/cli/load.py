@@ -12,11 +12,10 @@ import typer
 
 from serving.cli.bench import Guidance, Json, Seconds, Size, Steps, config_of, said_of_a_benchmark
 from serving.cli.terminal import DEFAULT_URL, FAILED, ApiKey, Config, Url, console, fail, output_file, plain
-from serving.config import ConfigError, ServiceConfig
+from serving.config import ConfigError
 
 if TYPE_CHECKING:
     from serving.bench.asks import Arrival, Ask
-    from serving.bench.breakdown import Breakdown
     from serving.bench.following import Outcome, Target
     from serving.bench.observed import Counts
 
@@ -95,7 +94,8 @@ def load(
     """
     import asyncio
 
-    from serving.bench.breakdown import breakdown_table, occupancy, occupancy_table
+    from models.bundle import Bundle
+    from serving.bench.breakdown import breakdown_table, explained_each, occupancy, occupancy_table
     from serving.bench.following import Follow as Following
     from serving.bench.following import Target
     from serving.bench.machine import this_machine
@@ -151,7 +151,9 @@ def load(
                 latency_seconds=None if told.latency is None else told.latency.mean,
             )
             print(f"\n{observed_table(observed)}")
-        parts = None if bundle is None else _explained(bundle, config_of(config), outcomes)
+        parts = None
+        if bundle is not None:
+            parts = asyncio.run(explained_each(Bundle.load(bundle), config_of(config), outcomes))
         if parts:
             print(f"\n{breakdown_table(parts[0])}\n\n{occupancy_table(occupancy(parts, told.wall_seconds))}")
         if output is not None:
@@ -224,33 +226,6 @@ async def _measured(target: Target, arrivals: list[Arrival], concurrency: int | 
         if concurrency is None:
             return await open_loop(target, arrivals, told)
         return await closed_loop(target, [arrival.ask for arrival in arrivals], concurrency, told)
-
-
-def _explained(bundle: Path, config: ServiceConfig, outcomes: list[Outcome]) -> list[Breakdown]:
-    """What the engines of `bundle` need for each request that was completed; those of one shape are timed once."""
-    import asyncio
-    from dataclasses import replace
-
-    from models.bundle import Bundle
-    from serving.bench.breakdown import explained
-    from serving.bench.calls import Engines
-    from serving.bench.engines import default_spec
-
-    names = ("size", "seconds", "num_inference_steps", "guidance_scale", "decoder")
-    loaded = Bundle.load(bundle)
-    engines = Engines(loaded, config)
-    timed: dict[tuple[object, ...], Breakdown] = {}
-    told = []
-    for outcome in outcomes:
-        if outcome.error is not None:
-            continue
-        settings = {name: outcome.ask.body.get(name) for name in names}
-        shape = tuple(settings.values())
-        if shape not in timed:
-            video = asyncio.run(engines.record(default_spec(loaded, **settings)))
-            timed[shape] = explained(video, 0.0, loaded.manifest.fps)
-        told.append(replace(timed[shape], whole=outcome.latency_seconds))
-    return told
 
 
 def _field(text: str) -> tuple[str, Any]:

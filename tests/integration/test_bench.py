@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from models.bundle import Bundle
 from serving.bench.asks import Ask, asks
-from serving.bench.breakdown import explained
+from serving.bench.breakdown import explained, explained_each
 from serving.bench.calls import Engines, VideoCalls, replay, saturate
 from serving.bench.engines import default_spec, engines_table, time_engines
-from serving.bench.following import Follow, Target
+from serving.bench.following import Follow, Outcome, Target
 from serving.bench.load import closed_loop
 from serving.bench.peer import app as peer_app
 from serving.cli import app
@@ -94,6 +94,18 @@ async def test_a_report_is_of_what_was_asked(http: httpx.AsyncClient, tiny_bundl
     assert len((await http.get("/v1/videos")).json()["data"]) == 3
     assert sorted(path.name for path in plots.iterdir()) == ["latency.png", "timeline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
+
+
+async def test_a_breakdown_is_of_all_that_costs_calls(tiny_bundle: Bundle) -> None:
+    plain = SMALL | {"num_inference_steps": 8, "guidance_scale": 3.0}
+    bodies = [plain, plain | {"best_of": 3}, plain | {"guidance_interval": [0.0, 0.0]}, plain]
+    outcomes = [Outcome(Ask(body), scheduled=0, sent=0, ended=9) for body in bodies]
+    refused = Outcome(Ask({"size": "1x1"}), scheduled=0, sent=0, ended=1, error="http 400")
+    once, three, unguided, again = await explained_each(tiny_bundle, ServiceConfig(), [refused, *outcomes])
+    assert three.parts == once.parts | {"denoiser": 3 * once.parts["denoiser"]}
+    assert again == once
+    # Half the rows, with room for a busy machine.
+    assert unguided.parts["denoiser"] < 0.85 * once.parts["denoiser"]
 
 
 @pytest.mark.parametrize("follow", ["poll", "watch"])
