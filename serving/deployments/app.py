@@ -37,6 +37,8 @@ _SHUTDOWN_LOOK_SECONDS = 0.2
 _DOOR_SECONDS = 5.0 * CLOSE_SECONDS
 # How soon Ray sees that a replica has died, and starts another; its default is 10 s.
 _HEALTH_LOOK_SECONDS = 2.0
+# Of a replica that everything is in: one that misses this three times in a row is replaced.
+_HEALTH_ANSWER_SECONDS = 10.0
 # Load is averaged over so long before anything is decided by it; Ray's 30 s would be most of a short video.
 _LOOK_BACK_SECONDS = 12.0
 # Unless the application has one for its stages together, which Ray takes from a Serve file only.
@@ -71,6 +73,7 @@ def build_fused(config: ServiceConfig, *, door: bool = False) -> Application:
         num_replicas=1,
         max_ongoing_requests=config.api.max_ongoing_requests,
         graceful_shutdown_timeout_s=grace,
+        health_check_timeout_s=_HEALTH_ANSWER_SECONDS,
         ray_actor_options=_asked(config.cores(), config.gpus(), config.all_labels()),
     ).bind(config, door=door)
     return application

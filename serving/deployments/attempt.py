@@ -30,6 +30,7 @@ from serving.media.frames import read_all
 from serving.media.latents import latent_preview
 from serving.media.previews import sprite_sheet, thumbnail
 from serving.pipeline.captioning import Captioner
+from serving.pipeline.cleanup import seen_through
 from serving.pipeline.generation import generate
 from serving.pipeline.rewriting import Rewriter, revise
 from serving.pipeline.stages import (
@@ -135,14 +136,20 @@ class Attempt:
         try:
             await asyncio.wait({making})
         except asyncio.CancelledError:
-            await _stop(making)
-            await self._stop_keeping()
-            with suppress(StaleFence):
-                await self._store.requeue(self._video.id, self._video.fence, count_attempt=False)
-                self._timing.ended("requeued")
+            await seen_through(self._hand_back(making))
             raise
         finally:
             await _stop(reporting)
+        await seen_through(self._end(making))
+
+    async def _hand_back(self, making: asyncio.Task[None]) -> None:
+        await _stop(making)
+        await self._stop_keeping()
+        with suppress(StaleFence):
+            await self._store.requeue(self._video.id, self._video.fence, count_attempt=False)
+            self._timing.ended("requeued")
+
+    async def _end(self, making: asyncio.Task[None]) -> None:
         await self._stop_keeping()
         outcome = "stale"
         if not self._stale:

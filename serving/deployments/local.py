@@ -40,6 +40,7 @@ _ENVIRONMENT = {
 # Latents and fragments in flight; Ray would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
 _ANSWER_SECONDS = 120
+_COUNT_SECONDS = 5
 _HAND_BACK_SECONDS = 15
 _VITAL = {"gcs_server", "raylet"}
 
@@ -57,7 +58,7 @@ class LocalService:
 
     def running(self) -> int:
         """Videos in hand."""
-        return sum(self._answers("running"))
+        return sum(self._answers("running", timeout_seconds=_COUNT_SECONDS))
 
     def drain(self) -> None:
         """Take no new video, and return when those in hand have ended; queued ones stay in the store."""
@@ -65,15 +66,17 @@ class LocalService:
 
     def hand_back(self) -> None:
         """Put the videos in hand back into the queue, with all that is made of them kept; for some seconds at most."""
-        with suppress(TimeoutError):
-            self._answers("hand_back", timeout_seconds=_HAND_BACK_SECONDS)
+        self._answers("hand_back", timeout_seconds=_HAND_BACK_SECONDS)
 
     def _answers(self, question: str, timeout_seconds: float | None = None) -> list[Any]:
-        """Of whoever has videos in hand: nobody, while another replica takes the place of one that has failed."""
+        """Of whoever has videos in hand: nobody, while another replica takes the place of one that has failed.
+
+        One that hangs isn't waited for any longer than so many seconds.
+        """
         from ray.exceptions import RayActorError
         from ray.serve.exceptions import DeploymentUnavailableError
 
-        with suppress(RayActorError, DeploymentUnavailableError):
+        with suppress(RayActorError, DeploymentUnavailableError, TimeoutError):
             answers: list[Any] = self.fleet.runner().broadcast(question).results(timeout_s=timeout_seconds)
             return answers
         return []

@@ -8,14 +8,16 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 
 from serving.deployments.attempt import Attempt, AttemptSettings, Stages
 from serving.jobs.checkpoint import identity_of
 from serving.jobs.fragment_log import FragmentLog
 from serving.jobs.storage import Storage
-from serving.jobs.store import Video
+from serving.jobs.store import StaleFence, Video
 from serving.jobs.video import BATCH, HELD
+from serving.pipeline.cleanup import seen_through
 from serving.pipeline.stages import VideoSpec
 from serving.pipeline.turns import most_of_others
 
@@ -47,7 +49,7 @@ class Runner:
         self._places, self._batch_places = asyncio.Semaphore(max_videos), most_of_others(max_videos)
         self._attempts: set[asyncio.Task[None]] = set()
         self._by_video: dict[str, Attempt] = {}
-        self._news = asyncio.Event()
+        self._news, self._taking = asyncio.Event(), asyncio.Lock()
         self._draining = False
 
     @property
@@ -73,14 +75,12 @@ class Runner:
         try:
             while not self._draining:
                 await self._places.acquire()
-                video = None if self._draining else await self._claim()
-                if video is None:
-                    self._places.release()
+                # A claim that is broken off may have been made all the same, of a video that nobody would know of.
+                if not await seen_through(self._take()):
                     await self._wait_for_news()
-                else:
-                    self._start(video)
             await self._rest()
         finally:
+            await asyncio.sleep(0)  # an attempt that is cancelled before it has begun never puts its video back
             for attempt in self._attempts:
                 attempt.cancel()
             await self._rest()
@@ -89,11 +89,23 @@ class Runner:
         """Take nothing new, and return when what is in hand has ended."""
         self._draining = True
         self._news.set()
+        async with self._taking:
+            pass
         await self._rest()
 
     async def _rest(self) -> None:
         while self._attempts:
             await asyncio.wait(set(self._attempts))
+
+    async def _take(self) -> bool:
+        """The next video in the queue, and begin with it; whether there was one. Its place is taken already."""
+        async with self._taking:
+            video = None if self._draining else await self._claim()
+            if video is None:
+                self._places.release()
+                return False
+            self._start(video)
+            return True
 
     async def _claim(self) -> Video | None:
         self._news.clear()
@@ -128,6 +140,11 @@ class Runner:
             attempt = Attempt(video, stages, self._store, self._artifacts, self._settings, self._copies, self._previews)
             self._by_video[video.id] = attempt
             await attempt.run()
+        except asyncio.CancelledError:
+            if video.id not in self._by_video:
+                with suppress(StaleFence):
+                    await self._store.requeue(video.id, video.fence, count_attempt=False)
+            raise
         except Exception:  # the lease runs out, and then it is tried again
             _log.exception("%s: the attempt broke off", video.id)
         finally:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
-async def seen_through(work: Coroutine[Any, Any, None]) -> None:
+async def seen_through(work: Coroutine[Any, Any, _T]) -> _T:
     """Return or raise what `work` does when it has; a cancellation that came meanwhile is raised only then.
 
     A task that is cancelled cleans up, and may be cancelled once more while it does so: by a task group of which
@@ -22,4 +24,4 @@ async def seen_through(work: Coroutine[Any, Any, None]) -> None:
             cancelled = error
     if cancelled is not None:
         raise cancelled
-    await running
+    return await running

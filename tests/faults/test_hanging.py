@@ -66,3 +66,22 @@ def test_a_replica_that_hangs_is_replaced_and_its_video_goes_on(tiny_bundle: Bun
         # Here the service may not know of the new replica yet.
         assert service.stop() == 0
         until(lambda: not service.processes())
+
+
+def test_whoever_stops_it_meanwhile_does_not_wait_for_that(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    limits = tiny_bundle.manifest.limits
+    asked = {"prompt": "a ball", "seconds": limits.max_seconds, "num_inference_steps": limits.max_steps}
+    config = {"models": {"tiny": tiny_bundle.root}, "fused": True, "data_dir": tmp_path / "data", "port": free_port()}
+    with SupervisedService(config, tmp_path) as service:
+        until(service.is_started)
+        httpx.post(f"{service.url}/v1/videos", json=asked, timeout=60).raise_for_status()
+        (replica,) = [pid for pid, command in service.processes().items() if "rushes:fused" in command]
+        os.kill(replica, signal.SIGSTOP)
+        began = time.monotonic()
+        service.signal(signal.SIGTERM)
+        time.sleep(1)
+        assert service.stop() == 0
+        took = time.monotonic() - began
+        print(f"it took {took:.1f} s", flush=True)
+        assert took < 60
+        assert service.processes() == {}

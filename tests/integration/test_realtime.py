@@ -42,7 +42,7 @@ async def pipeline(tiny_causal_bundle: Bundle) -> AsyncIterator[LocalPipeline]:
 @pytest.fixture
 def service(tiny_causal_bundle: Bundle, pipeline: LocalPipeline, tmp_path: Path) -> WholeService:
     made = WholeService(tiny_causal_bundle, pipeline, tmp_path)
-    made.realtime = RealtimeConfig(buffer_seconds=1000)
+    made.realtime = RealtimeConfig(buffer_seconds=100)  # what is made ahead of a change fits into a video
     return made
 
 
