@@ -280,7 +280,7 @@ class Attempt:
 
     async def _written(self, write: Callable[[], Awaitable[Video]]) -> Video:
         """What has been made is not to be lost because the store is away for a moment, such as for a restart."""
-        gone = retry_if_not_exception_type((StaleFence, VideoNotFound))
+        gone = retry_if_not_exception_type((StaleFence, VideoNotFound, asyncio.CancelledError))
         waits, stops = wait_exponential(multiplier=0.1, max=1), stop_after_delay(self._settings.lease_seconds)
         says = before_sleep_log(_log, logging.WARNING)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from models.bundle import Bundle
 from serving.api.creation import new_video
 from serving.api.models import Catalog
 from serving.api.schemas import parse_create
+from serving.deployments import attempt as attempts
 from serving.deployments import runner as runners
 from serving.deployments.attempt import Stages
 from serving.deployments.runner import Runner
 from serving.jobs.store import Video, VideoStatus
 from serving.pipeline.local import LocalPipeline
+from serving.pipeline.stages import VideoSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -116,6 +119,31 @@ async def test_one_whose_bundle_is_looked_for(service: WholeService, monkeypatch
     await stopped(running)
     looked.set()
     assert await state(service, video_id) == (VideoStatus.QUEUED, 0)
+
+
+async def test_one_whose_revised_prompt_is_being_written(
+    service: WholeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing is tried again when the store is away, and not when nobody wants it any more."""
+    writing, written = asyncio.Event(), 0
+
+    async def revised(spec: VideoSpec, _: object) -> VideoSpec:
+        return replace(spec, revised_prompt="a small red ball")
+
+    async def slow(*_: object) -> None:
+        nonlocal written
+        written += 1
+        writing.set()
+        await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(attempts, "revise", revised)
+    monkeypatch.setattr(service.store, "set_request", slow)
+    video_id = await queued(service)
+    running = asyncio.create_task(service.new_runner().run())
+    await writing.wait()
+    await stopped(running)
+    assert await state(service, video_id) == (VideoStatus.QUEUED, 0)
+    assert written == 1
 
 
 async def test_draining_waits_for_a_claim_that_is_under_way(
