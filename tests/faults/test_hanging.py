@@ -79,7 +79,7 @@ def test_whoever_stops_it_meanwhile_does_not_wait_for_that(tiny_bundle: Bundle, 
         os.kill(replica, signal.SIGSTOP)
         began = time.monotonic()
         service.signal(signal.SIGTERM)
-        time.sleep(1)
+        time.sleep(1)  # `stop` sends the second one
         assert service.stop() == 0
         took = time.monotonic() - began
         print(f"it took {took:.1f} s", flush=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from service import WholeService
 
 from models.bundle import Bundle
@@ -24,14 +22,6 @@ from serving.deployments.runner import Runner
 from serving.jobs.store import Video, VideoStatus
 from serving.pipeline.local import LocalPipeline
 from serving.pipeline.stages import VideoSpec
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pipeline(tiny_bundle: Bundle) -> AsyncIterator[LocalPipeline]:
-    async with LocalPipeline.open(tiny_bundle) as opened:
-        yield opened
 
 
 @pytest.fixture
